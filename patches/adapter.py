@@ -1,0 +1,180 @@
+"""What differs between model families, and nothing else. One subclass per family, registered by ``model_type``."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spatiotoken.registry import Registry
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A grid of visual tokens among the projected features of one picture or video.
+
+    Attributes:
+        start: first row of the grid.
+        grid: ``(T, H, W)``.
+        row_stride: rows from one line of the grid to the next; more than ``W`` where a newline token ends each line.
+    """
+
+    start: int
+    grid: tuple[int, int, int]
+    row_stride: int
+
+    def rows(self, device: torch.device) -> Tensor:
+        """``[T * H * W]`` rows of the grid's tokens."""
+        frames, height, width = self.grid
+        line = torch.arange(frames * height, device=device)[:, None] * self.row_stride
+        return (self.start + line + torch.arange(width, device=device)).flatten()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Projected features of one picture or video: how many rows, and which of them form grids."""
+
+    size: int
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def of_grid(cls, grid: tuple[int, int, int]) -> Item:
+        return cls(grid[0] * grid[1] * grid[2], (Segment(0, grid, grid[2]),))
+
+
+Encoding = Mapping[str, Any]
+"""Arguments of ``get_video_features`` or ``get_image_features``, by name."""
+
+
+class ModelAdapter(ABC):
+    """Where the parts of a model are, and how its visual features lie.
+
+    ``model`` is the ``…ForConditionalGeneration``; ``core`` its ``.model``, which owns the vision tower and the
+    language model.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    remembers_rope: ClassVar[bool] = False
+    """The model keeps M-RoPE offsets of the last prompt in ``core.rope_deltas``."""
+    has_deepstack: ClassVar[bool] = False
+    """Decoder layers add features of the tower by ``language_model._deepstack_process``."""
+    trailing: ClassVar[tuple[int, ...]] = (0,)
+    """How many tokens (such as a newline) may follow an item's grids in the features; no method touches them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for model_type in getattr(cls, "model_types", ()):
+            ADAPTERS.register(model_type, cls)
+
+    # -- where things are --
+
+    def core(self, model: PreTrainedModel) -> nn.Module:
+        return model.model
+
+    def language_model(self, model: PreTrainedModel) -> nn.Module:
+        return self.core(model).language_model
+
+    def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        return self.language_model(model).layers
+
+    # -- features of videos and images --
+
+    @abstractmethod
+    def items(self, core: nn.Module, kind: str, encoding: Encoding) -> list[Item]:
+        """What ``get_{kind}_features(**encoding)`` returns, item by item (``kind`` is "video" or "image")."""
+
+    @abstractmethod
+    def frame_features(self, core: nn.Module, encoding: Encoding) -> list[Tensor]:
+        """``[T, F]`` cheap appearance features of each video's temporal units, from the pixels alone."""
+
+    @abstractmethod
+    def take_frames(self, core: nn.Module, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        """``encoding`` with only the ``chosen`` temporal units of each video."""
+
+    def read(self, output: Any) -> list[Tensor]:
+        """``[rows, D]`` features of all items, the projected ones first, then others of the same rows (deepstack)."""
+        return [torch.cat(list(output.pooler_output))]
+
+    def write(self, output: Any, features: list[Tensor], sizes: list[int]) -> None:
+        """Put ``features``, as ``read`` gives them, into ``output`` in the form the model expects."""
+        output.pooler_output = torch.split(features[0], sizes)
+
+    # -- attention of chosen rows --
+
+    def rotate(self, attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``states [B, heads, rows, d]`` with rotary positions applied by the family's own function."""
+        function = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return function(states, states, cos, sin)[0]
+
+    def project(self, attention: nn.Module, hidden: Tensor, name: str) -> Tensor:
+        """``[B, heads, rows, d]`` queries (``name="q"``) or keys (``"k"``) of normed ``hidden [B, rows, D]``."""
+        states = getattr(attention, f"{name}_proj")(hidden)
+        states = states.view(*hidden.shape[:-1], -1, attention.head_dim)
+        norm = getattr(attention, f"{name}_norm", None)
+        return (states if norm is None else norm(states)).transpose(1, 2)
+
+    def attention_rows(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        rows: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        keys: Tensor | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """``[B, heads, R, keys]`` softmax weights (float32) of a few query rows of a decoder layer.
+
+        Costs ``O(R * keys)``, with any attention backend.
+
+        Args:
+            hidden: ``[B, L, D]``, the layer's input.
+            rows: ``[B, R]`` query rows among ``L``.
+            keys: ``[B, kv_heads, past + L, d]`` from the layer's cache; None to compute them here.
+            valid: ``[B, past + L]`` False at padding, None if there is none.
+        """
+        attention: Any = layer.self_attn
+        normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+        cos, sin = position_embeddings
+        if keys is None:
+            keys = self.rotate(attention, self.project(attention, normed, "k"), cos, sin)
+        batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+        picked = [(x.expand(hidden.shape[0], -1, -1) if x.shape[0] == 1 else x)[batch, rows] for x in (cos, sin)]
+        query = self.rotate(attention, self.project(attention, normed[batch, rows], "q"), picked[0], picked[1])
+        grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        logits = (grouped @ keys.transpose(-1, -2)).float() * attention.scaling
+        logits = logits.unflatten(2, (-1, rows.shape[1])).flatten(1, 2)
+        position = torch.arange(keys.shape[2], device=keys.device)
+        visible = position <= rows[..., None] + (keys.shape[2] - hidden.shape[1])
+        if valid is not None:
+            visible = visible & valid[:, None]
+        return logits.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1)
+
+
+ADAPTERS: Registry[type[ModelAdapter]] = Registry("model type", ("spatiotoken.patches",), "spatiotoken.models")
+
+
+def find_adapter(model: Any) -> ModelAdapter:
+    """The adapter of a model's family.
+
+    Raises:
+        ValueError: if the architecture is not supported; the message names those that are.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ValueError(f"{type(model).__name__} is not a transformers model; supported: {supported_models()}")
+    if not hasattr(model, "model") or not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} has no language-model head: load it by AutoModelForImageTextToText")
+    return ADAPTERS.get(model_type)()
+
+
+def supported_models() -> str:
+    return ", ".join(sorted(ADAPTERS.items()))
+
+
+__all__ = ["ADAPTERS", "Encoding", "Item", "ModelAdapter", "Segment", "find_adapter", "supported_models"]

@@ -1,0 +1,109 @@
+"""LLaVA-OneVision and LLaVA-NeXT-Video: stacked frames, one square grid each, and tiled images."""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, Segment
+
+
+class Llava(ModelAdapter):
+    """Videos are ``[videos, frames, 3, H, W]``; images are a whole view and tiles with a newline after each line."""
+
+    @abstractmethod
+    def pooled_side(self, core: nn.Module) -> int:
+        """Tokens along one side of a video frame after pooling."""
+
+    def max_tiles(self, core: nn.Module) -> int | None:
+        """Tiles beyond which the family shrinks an image, None where it does not."""
+        return None
+
+    def items(self, core: nn.Module, kind: str, encoding: Encoding) -> list[Item]:
+        if kind == "image":
+            return [self._image(core, size, single) for size, single in _images(encoding)]
+        videos, frames = encoding["pixel_values_videos"].shape[:2]
+        side = self.pooled_side(core)
+        return [Item.of_grid((frames, side, side)) for _ in range(videos)]
+
+    def frame_features(self, core: nn.Module, encoding: Encoding) -> list[Tensor]:
+        pixels = encoding["pixel_values_videos"].float()
+        small = torch.nn.functional.adaptive_avg_pool2d(pixels.flatten(0, 1), 16)
+        return list(small.flatten(1).unflatten(0, pixels.shape[:2]))
+
+    def take_frames(self, core: nn.Module, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        if len({len(indices) for indices in chosen}) > 1:
+            raise ValueError(
+                f"this model stacks videos, so each must keep as many frames; the frames stage chose {list(chosen)}"
+            )
+        pixels = encoding["pixel_values_videos"]
+        index = torch.tensor(chosen, device=pixels.device)
+        batch = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
+        return {**encoding, "pixel_values_videos": pixels[batch, index]}
+
+    def read(self, output: Any) -> list[Tensor]:
+        # [rows, D] each; LLaVA-NeXT-Video of transformers 5.17 keeps the frames of a video apart.
+        return [torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])]
+
+    def write(self, output: Any, features: list[Tensor], sizes: list[int]) -> None:
+        stacked = isinstance(output.pooler_output, Tensor)
+        parts = torch.split(features[0], sizes)
+        output.pooler_output = torch.stack(parts) if stacked else list(parts)
+
+    def _image(self, core: nn.Module, size: Any, single: bool) -> Item:
+        """The whole view, then the tiles joined to one picture without its padding, a newline after each line."""
+        modeling = sys.modules[type(core).__module__]
+        vision = core.config.vision_config
+        side = vision.image_size // vision.patch_size
+        whole = Segment(0, (1, side, side), side)
+        if not single:
+            return Item(side * side + 1, (whole,))
+        rows, columns = modeling.get_anyres_image_grid_shape(size, core.config.image_grid_pinpoints, vision.image_size)
+        # The model's own arithmetic on a picture without data gives the size of the joined tiles.
+        canvas = torch.empty(1, rows * side, columns * side, device="meta")
+        height, width = modeling.unpad_image(canvas, size).shape[1:]
+        if (limit := self.max_tiles(core)) is not None:
+            ratio = math.sqrt(height * width / (limit * side**2))
+            if ratio > 1.1:
+                height, width = int(height // ratio), int(width // ratio)
+        tiles = Segment(side * side, (1, height, width), width + 1)
+        return Item(side * side + height * (width + 1), (whole, tiles))
+
+
+class LlavaOnevision(Llava):
+    """A newline token ends each video and stays whatever is reduced."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    # transformers 5.17 adds the newline after `get_video_features`, later ones within.
+    trailing: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def pooled_side(self, core: nn.Module) -> int:
+        vision = core.config.vision_config
+        return math.ceil(vision.image_size // vision.patch_size / 2)
+
+    def max_tiles(self, core: nn.Module) -> int:
+        return int(core.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+
+class LlavaNextVideo(Llava):
+    """Videos are pooled before the projector and have no newline."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
+
+    def pooled_side(self, core: nn.Module) -> int:
+        vision = core.config.vision_config
+        return vision.image_size // vision.patch_size // core.config.spatial_pool_stride
+
+
+def _images(encoding: Encoding) -> list[tuple[Any, bool]]:
+    """Size of each image, and whether it is the only one of its sample (the others are not tiled)."""
+    counts = encoding.get("batch_num_images")
+    sizes = encoding["image_sizes"]
+    single = [True] * len(sizes) if counts is None else [n == 1 for n in counts for _ in range(n)]
+    return list(zip(sizes, single, strict=True))

@@ -1,0 +1,181 @@
+"""Configs: the YAML schema, and how one is found, checked, overridden and written.
+
+A config names at most one method per stage::
+
+    description: Global segmentation and merging.
+    images: false
+    frames: {method: uniform, num_frames: 32}
+    tokens: {method: divprune, retention: 0.25}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+
+from spatiotoken.attention import SparsePrefill
+from spatiotoken.frames import FrameSelector
+from spatiotoken.layers import LayerPruner
+from spatiotoken.registry import METHODS, STAGES, Method
+from spatiotoken.tokens import TokenReducer
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key, the value and what is allowed, in one line."""
+
+
+class PatchConfig(BaseModel):
+    """What ``patch_model`` does to a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str = Field("", description="one sentence for `spatiotoken list`")
+    images: bool = Field(False, description="reduce images too, not only videos")
+    frames: SerializeAsAny[FrameSelector] | None = Field(None, description="which frames are seen at all")
+    tokens: SerializeAsAny[TokenReducer] | None = Field(None, description="prune or merge before the language model")
+    layers: SerializeAsAny[LayerPruner] | None = Field(None, description="prune between decoder layers")
+    attention: SerializeAsAny[SparsePrefill] | None = Field(None, description="compute prefill attention sparsely")
+
+    @field_validator(*STAGES, mode="before")
+    @classmethod
+    def _build(cls, value: Any, info: ValidationInfo) -> Any:
+        return build_method(str(info.field_name), value) if isinstance(value, Mapping) else value
+
+    def methods(self) -> dict[str, Method]:
+        """The methods that are set, by stage, in the order in which the data passes them."""
+        return {stage: method for stage in STAGES if (method := getattr(self, stage)) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``load_config`` reads back to an equal config."""
+        head: dict[str, Any] = {"description": self.description, "images": self.images}
+        return head | {stage: {"method": m.name} | m.model_dump(mode="json") for stage, m in self.methods().items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def build_method(stage: str, settings: Mapping[str, Any]) -> Method:
+    """The method that ``settings`` (``method`` and its parameters) describes.
+
+    Raises:
+        ValueError: unknown method, unknown parameter or a value out of range.
+    """
+    parameters = dict(settings)
+    if "method" not in parameters:
+        raise ValueError(f"{stage} needs a key 'method'; supported: {', '.join(sorted(METHODS[stage].items()))}")
+    method = METHODS[stage].get(str(parameters.pop("method")))
+    try:
+        return method.model_validate(parameters)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, method, f"{stage}.")) from None
+
+
+def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> PatchConfig:
+    """A checked config from a preset's name, a YAML path, a dict or a config.
+
+    Args:
+        overrides: single keys to change, as ``**{"tokens.retention": 0.1}``. ``"tokens.method"`` swaps the method and
+            forgets the parameters of the one before; ``tokens=None`` removes the stage.
+
+    Raises:
+        ConfigError: with the key, the value and what is allowed.
+    """
+    data = dict(config.to_dict() if isinstance(config, PatchConfig) else _read(config))
+    # `stage.method` first, since it resets the parameters that the others set.
+    for key, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".method")):
+        _override(data, key, value)
+    try:
+        return PatchConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, PatchConfig, "")) from None
+
+
+def presets() -> dict[str, PatchConfig]:
+    """The named configs that come with the library."""
+    files = resources.files("spatiotoken.configs").iterdir()
+    names = sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    return {name: load_config(name) for name in names}
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of a config file, with every registered method, for editors."""
+    schema = PatchConfig.model_json_schema()
+    schema.pop("$defs", None)
+    for stage in STAGES:
+        variants = []
+        for name, method in sorted(METHODS[stage].items().items()):
+            variant = method.model_json_schema()
+            variant["properties"] = {"method": {"const": name}} | variant.get("properties", {})
+            variant["required"] = ["method"]
+            variants.append(variant)
+        description = schema["properties"][stage]["description"]
+        schema["properties"][stage] = {"description": description, "anyOf": [*variants, {"type": "null"}]}
+    return schema
+
+
+def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    if isinstance(config, str) and path.name == config and path.suffix not in {".yaml", ".yml"}:
+        text, where = _preset_text(config), f"preset {config!r}"
+    else:
+        try:
+            text, where = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read config {str(path)!r}: {error}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a mapping of keys, not {type(data).__name__}")
+    return data
+
+
+def _preset_text(name: str) -> str:
+    folder = resources.files("spatiotoken.configs")
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"unknown preset {name!r}{hint}; supported: {', '.join(names)}, or the path of a .yaml file")
+    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _override(data: dict[str, Any], key: str, value: Any) -> None:
+    stage, _, parameter = key.partition(".")
+    if not parameter:
+        data[stage] = value
+        return
+    if stage not in STAGES:
+        raise ConfigError(f"cannot set {key!r}: {stage!r} is not a stage; supported: {', '.join(STAGES)}")
+    settings = data.get(stage) or {}
+    if parameter == "method":
+        data[stage] = {"method": value}
+    elif not settings:
+        raise ConfigError(f"cannot set {key!r}: the config has no {stage} method; set '{stage}.method' too")
+    else:
+        data[stage] = dict(settings) | {parameter: value}
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
+    lines = []
+    for issue in error.errors(include_url=False):
+        key = prefix + ".".join(map(str, issue["loc"]))
+        if issue["type"] == "extra_forbidden":
+            allowed = ", ".join(model.model_fields) or "none"
+            if isinstance(model, type) and issubclass(model, Method):
+                allowed = f"of method {model.name!r}: {allowed}"
+            lines.append(f"unknown key {key!r}; supported {allowed}")
+        elif issue["type"] == "value_error":
+            lines.append(issue["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key}: {issue['input']!r} is not allowed: {issue['msg'].lower()}")
+    return "; ".join(lines)

@@ -1,0 +1,256 @@
+"""The language model's side of a patch: dropped tokens leave the sequence, at its entry and between its layers.
+
+The sequence, its masks and its KV cache really get shorter. Position ids are kept, not renumbered. What comes out has
+its original length again, with zeros where a token was dropped, so callers may index it as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spatiotoken.config import PatchConfig
+from spatiotoken.patches.adapter import ModelAdapter
+from spatiotoken.sequence import (
+    Rows,
+    compact_index,
+    gather_rows,
+    is_logical,
+    joined_valid,
+    kept_rows,
+    layer_mask,
+    restore_rows,
+    with_logical_layers,
+)
+from spatiotoken.state import ACTIVE, Forward
+from spatiotoken.structures import LayerTokens
+
+
+class SequenceStages:
+    """Shortens the sequence of one model where its prompts bring pictures.
+
+    Raises:
+        ValueError: the ``layers`` method needs a deeper model.
+    """
+
+    def __init__(self, adapter: ModelAdapter, model: PreTrainedModel, config: PatchConfig) -> None:
+        self.adapter = adapter
+        self.config = config
+        self.language_model = adapter.language_model(model)
+        self.layers = adapter.decoder_layers(model)
+        self.prune_layers = config.layers.prune_layers(len(self.layers)) if config.layers else ()
+
+    # -- entry of the language model --
+
+    def enter(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        """The language model's forward."""
+        forward, embeds = ACTIVE.get(), arguments.get("inputs_embeds")
+        if embeds is None or forward is None:
+            return original(**arguments)
+        if forward.visual is not None:
+            return self._shorten(original, arguments, forward)
+        if is_logical(arguments.get("past_key_values")):
+            return self._continue(original, arguments, forward)
+        if not forward.recorder.dense_lengths:
+            self._record(forward, [embeds.shape[1]] * embeds.shape[0], [embeds.shape[1]] * embeds.shape[0])
+        return original(**arguments)
+
+    def _shorten(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
+        """A prompt with new pictures: gather the kept rows of everything that goes along the sequence."""
+        embeds, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
+        batch, length = embeds.shape[:2]
+        assert forward.visual is not None
+        plain_mask = isinstance(mask, Tensor) and mask.ndim == 2
+        valid = mask[:, -length:].bool() if plain_mask else embeds.new_ones(batch, length, dtype=torch.bool)
+        # Without a stage before the language model there is no mark to look for.
+        kept = kept_rows(embeds) & valid if self.config.frames or self.config.tokens else valid
+        visual = forward.visual & kept
+        # The only wait for the device: what is real, kept and visual of each sample, and the side of the padding.
+        counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), valid[:, -1]]
+        real, lengths, before, counts, last = torch.stack(counted).tolist()
+        shortened = lengths != real
+        forward.recorder.visual_kept = forward.recorder.visual - (sum(before) - sum(counts))
+        self._record(forward, lengths, real)
+        if not shortened and not self.prune_layers:
+            return original(**arguments)
+        if mask is not None and not plain_mask:
+            raise ValueError(
+                "token reduction needs a 2-D attention mask and a dynamic KV cache; this call brings a prepared mask "
+                "(of a static cache or your own)"
+            )
+        cache = arguments.get("past_key_values")
+        if cache is not None or self._uses_cache(arguments):
+            cache = arguments["past_key_values"] = with_logical_layers(cache, self.language_model.config)
+        past = cache.layers[0].get_seq_length() if cache is not None else 0
+        index = torch.arange(length, device=embeds.device).expand(batch, -1)
+        if shortened:
+            index = compact_index(kept, max(lengths), left=all(last))
+            self._gather_arguments(arguments, index, kept, past)
+        rows = Rows(index, kept.gather(1, index), lengths, all(last))
+        forward.rows, forward.visual = rows, visual.gather(1, index)
+        forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
+        if shortened or past:
+            # Without a cache an explicit mask, as `layer_mask` says.
+            arguments["attention_mask"] = (
+                rows.valid if cache is None else cache.layers[0].attention_mask(rows.padding, index.shape[1])
+            )
+        if past and self.prune_layers:
+            forward.masks = self._masks(cache, arguments["inputs_embeds"], rows.padding, 0)
+        output = original(**arguments)
+        self._record_cache(cache, forward, length)
+        if shortened or forward.rows is not rows:
+            tail = length if forward.tail is None else min(forward.tail, length)
+            output.last_hidden_state = restore_rows(output.last_hidden_state, forward.rows, length, tail)
+        return output
+
+    def _gather_arguments(self, arguments: dict[str, Any], index: Tensor, kept: Tensor, past: int) -> None:
+        arguments["inputs_embeds"] = gather_rows(arguments["inputs_embeds"], index, 1)
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + kept.shape[1], device=index.device)[None]
+        arguments["position_ids"] = gather_rows(positions, index, -1)
+        pictures = arguments.get("visual_pos_masks")
+        if pictures is not None:
+            features = kept[pictures].nonzero()[:, 0]
+            arguments["visual_pos_masks"] = gather_rows(pictures & kept, index, 1)
+            arguments["deepstack_visual_embeds"] = [x[features] for x in arguments["deepstack_visual_embeds"]]
+
+    def _continue(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
+        """New text on a cache that is shorter than the conversation: decoding, or another turn."""
+        cache, embeds, mask = arguments["past_key_values"], arguments["inputs_embeds"], arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise ValueError("a pruned KV cache needs a 2-D attention mask over the whole conversation, or none")
+        new = embeds.shape[1]
+        # A single token is the one just generated; only a longer turn can bring padding.
+        padding = mask[:, -new:].bool() if mask is not None and new > 1 else None
+        if padding is not None and bool(padding.all()):
+            padding = None
+        _check_evenly_pruned(cache, self.prune_layers)
+        arguments["attention_mask"] = cache.layers[0].attention_mask(padding, new)
+        if self.prune_layers:
+            forward.masks = self._masks(cache, embeds, padding, 0)
+        output = original(**arguments)
+        for layer in cache.layers:
+            layer.record(new, padding, new)
+        return output
+
+    def _masks(self, cache: Any, hidden: Tensor, padding: Tensor | None, first: int) -> dict[int, Any]:
+        """Masks of the decoder layers from ``first`` on; they change where a method may have dropped tokens."""
+        bounds = [first, *(index for index in self.prune_layers if index > first), len(self.layers)]
+        masks: dict[int, Any] = {}
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            layer = None if cache is None else cache.layers[start]
+            masks |= dict.fromkeys(range(start, stop), layer_mask(self.language_model.config, hidden, layer, padding))
+        return masks
+
+    def _record_cache(self, cache: Any, forward: Forward, length: int) -> None:
+        if cache is None:
+            return
+        bounds = [start for start, _ in forward.history[1:]] + [len(cache.layers)]
+        for (start, rows), stop in zip(forward.history, bounds, strict=True):
+            for layer in cache.layers[start:stop]:
+                layer.record(length, rows.padding, rows.index.shape[1])
+
+    def _record(self, forward: Forward, lengths: list[int], real: list[int]) -> None:
+        recorder = forward.recorder
+        recorder.prompt, recorder.dense_lengths = sum(real), real
+        recorder.layer_lengths = [lengths for _ in self.layers]
+        if self.config.attention:
+            recorder.stage("attention", self.config.attention.name, sum(lengths), sum(lengths))
+
+    def _uses_cache(self, arguments: dict[str, Any]) -> bool:
+        use_cache = arguments.get("use_cache")
+        return bool(self.language_model.config.use_cache if use_cache is None else use_cache)
+
+    # -- between decoder layers --
+
+    def layer(self, index: int, original: Callable[..., Any], hidden: Tensor, **arguments: Any) -> Any:
+        """The forward of decoder layer ``index``."""
+        forward = ACTIVE.get()
+        if forward is None or (forward.rows is None and not forward.masks):
+            return original(hidden, **arguments)
+        arguments |= forward.overrides
+        if index in self.prune_layers and forward.rows is not None:
+            hidden = self._prune(forward, index, hidden, arguments)
+        if index in forward.masks:
+            arguments["attention_mask"] = forward.masks[index]
+        if index + 1 in self.prune_layers:
+            forward.scored = hidden, arguments["position_embeddings"]
+        return original(hidden, **arguments)
+
+    def _prune(self, forward: Forward, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Drop visual tokens before decoder layer ``index``, by the attention that they got in the layer before."""
+        rows, visual, cache = forward.rows, forward.visual, arguments.get("past_key_values")
+        assert self.config.layers is not None and rows is not None and visual is not None
+        with forward.recorder.span("layers"):
+            keep, counts = self._select(forward, index, cache, rows, visual)
+            forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))
+            if counts == forward.counts:
+                return hidden
+            lengths = [n - b + a for n, b, a in zip(rows.lengths, forward.counts, counts, strict=True)]
+            forward.rows, inner = rows.narrow(keep, lengths)
+            forward.counts, forward.visual = counts, (visual & keep).gather(1, inner)
+            forward.since_entry = inner if forward.since_entry is None else forward.since_entry.gather(1, inner)
+            forward.history.append((index, forward.rows))
+            hidden = gather_rows(hidden, inner, 1)
+            forward.overrides = {
+                "position_embeddings": tuple(gather_rows(x, inner, 1) for x in arguments["position_embeddings"])
+            }
+            if arguments.get("position_ids") is not None:
+                forward.overrides["position_ids"] = gather_rows(arguments["position_ids"], inner, -1)
+            arguments |= forward.overrides
+            forward.masks = self._masks(cache, hidden, forward.rows.padding, index)
+            forward.recorder.layer_lengths[index:] = [lengths] * (len(self.layers) - index)
+        return hidden
+
+    def _select(self, forward: Forward, index: int, cache: Any, rows: Rows, visual: Tensor) -> tuple[Tensor, list[int]]:
+        """``[B, K]`` True at the rows that the method keeps, and how many visual ones of each sample these are."""
+        assert self.config.layers is not None and forward.scored is not None
+        hidden, position_embeddings = forward.scored
+        forward.scored = None
+        length, keys, seen = hidden.shape[1], None, rows.padding
+        if cache is not None:
+            # The rows of this pass are in that layer's cache already, but not yet on its record.
+            layer = cache.layers[index - 1]
+            keys, seen = layer.keys, joined_valid(layer.valid, layer.keys.shape[2] - length, rows.padding, length)
+        last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
+        attention = self.adapter.attention_rows(
+            self.layers[index - 1], hidden, torch.tensor(last, device=hidden.device), position_embeddings, keys, seen
+        )[:, :, 0, -length:]
+        keep, counts = torch.ones_like(visual), list(forward.counts)
+        order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        for sample, count in enumerate(forward.counts):
+            if count:
+                places = order[sample, :count]
+                weights = attention[sample][:, places]
+                kept = self.config.layers.select(LayerTokens(index, forward.initial[sample], weights))
+                keep[sample, places] = False
+                keep[sample, places[kept]] = True
+                counts[sample] = kept.shape[0]
+        return keep, counts
+
+    def deepstack(self, original: Callable[..., Any], hidden: Tensor, pictures: Tensor, features: Tensor) -> Any:
+        """Adding features of the tower to hidden states, which may have become shorter since the entry."""
+        forward = ACTIVE.get()
+        if forward is None or forward.since_entry is None or forward.rows is None:
+            return original(hidden, pictures, features)
+        length = pictures.shape[1]
+        # Padding rows are sent to a column of their own.
+        entry = torch.where(forward.rows.valid, forward.since_entry, length)
+        present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
+        here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
+        return original(hidden, here, features[present[pictures]])
+
+
+def _check_evenly_pruned(cache: Any, prune_layers: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` if cache layers differ in length where this config does not prune."""
+    for index, (before, layer) in enumerate(zip(cache.layers, cache.layers[1:], strict=False), start=1):
+        if layer.dropped != before.dropped and index not in prune_layers:
+            raise ValueError(
+                f"this KV cache was pruned before decoder layer {index} by another config: go on with the one that it "
+                "was made with"
+            )

@@ -1,0 +1,27 @@
+"""Frames at equal distances."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from spatiotoken.frames.base import FrameSelector
+from spatiotoken.structures import FrameChoice, Frames
+
+
+def uniform_indices(num_frames: int, count: int) -> tuple[int, ...]:
+    """The middles of ``count`` equal parts of ``num_frames``; all frames if there are no more than that."""
+    count = min(count, num_frames)
+    return tuple((2 * i + 1) * num_frames // (2 * count) for i in range(count))
+
+
+class Uniform(FrameSelector, name="uniform"):
+    """Frames at equal distances: the middle of each of ``num_frames`` equal parts.
+
+    Inside a patched model a "frame" is what the vision tower makes one token grid of: two video frames in the
+    Qwen-VL families, one in the LLaVA families. A video with no more frames than that is left whole.
+    """
+
+    num_frames: int = Field(32, ge=1, description="how many frames are kept at most")
+
+    def select(self, frames: Frames) -> FrameChoice:
+        return FrameChoice(uniform_indices(frames.num_frames, self.num_frames))

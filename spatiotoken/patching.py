@@ -1,0 +1,269 @@
+"""``patch_model``: the one place where models and methods meet.
+
+Wrapped, on the instance: the feature extractors (``encoding``: stages ``frames`` and ``tokens``), the language model
+and its decoder layers (``decoder``: dropped tokens leave the sequence; stage ``layers``) and the attention function
+(``attention.dispatch``). What was kept belongs to the cache object, so conversations on one model do not disturb each
+other; every change goes through one ``Undo`` log.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from spatiotoken.attention import dispatch
+from spatiotoken.config import PatchConfig, load_config
+from spatiotoken.decoder import SequenceStages
+from spatiotoken.encoding import FeatureStages
+from spatiotoken.patches.adapter import ModelAdapter, find_adapter
+from spatiotoken.report import ForwardReport, Recorder
+from spatiotoken.state import ACTIVE, Forward
+from spatiotoken.undo import Undo
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+_HANDLE = "_spatiotoken"
+_ENCODING: ContextVar[bool] = ContextVar("spatiotoken_encoding", default=False)
+
+
+def patch_model(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> ModelT:
+    """Make a model's inference cheaper, in place; the API of the model stays as it is.
+
+    Args:
+        model: a supported ``…ForConditionalGeneration``. A patched one is unpatched first.
+        config: a preset's name, a YAML path, a dict or a ``PatchConfig``.
+        overrides: single keys, as ``**{"tokens.retention": 0.25}``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unsupported architecture or wrong config; the model is as before.
+    """
+    resolved = load_config(config, **overrides)
+    _check_patchable(model)
+    patch = _Patch(model, find_adapter(model), resolved)
+    unpatch_model(model)
+    patch.apply()
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Take the patch away; nothing of ours remains on the model. An unpatched model is left alone.
+
+    Raises:
+        UndoError: something else was put over the patch.
+    """
+    patch = model.__dict__.get(_HANDLE)
+    if patch is not None:
+        patch.undo.revert()
+    return model
+
+
+@contextmanager
+def patched(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> Iterator[ModelT]:
+    """Patch a model within a ``with`` block."""
+    patch_model(model, config, **overrides)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def last_report(model: PreTrainedModel) -> ForwardReport:
+    """What the latest prefill of a patched model did, and the decoding since.
+
+    Raises:
+        ValueError: the model is not patched, or has not run since.
+    """
+    patch = model.__dict__.get(_HANDLE)
+    if patch is None:
+        raise ValueError("the model is not patched: call patch_model first")
+    if patch.recorder is None:
+        raise ValueError("the model has not run since it was patched")
+    return patch.recorder.report(patch.sequence.layers)
+
+
+class _Patch:
+    """Everything that is attached to one model."""
+
+    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, config: PatchConfig) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.config = config
+        self.core = adapter.core(model)
+        self.features = FeatureStages(adapter, self.core, config)
+        self.sequence = SequenceStages(adapter, model, config)
+        self.attention: dispatch.SparseAttention | None = None
+        if config.attention:
+            base = dispatch.base_implementation(self.sequence.language_model.config)
+            self.attention = dispatch.SparseAttention(config.attention, base)
+        self.undo = Undo()
+        self.recorder: Recorder | None = None
+        # Kinds that `generate` had encoded before its first forward; they belong to the report of that forward.
+        self.encoded_ahead: set[str] = set()
+
+    def apply(self) -> None:
+        """Attach everything; if that fails half-way, nothing stays."""
+        config, sequence = self.config, self.sequence
+        try:
+            self.undo.set(self.model, _HANDLE, self)
+            if config.frames or config.tokens:
+                self._wrap(self.core, "get_video_features", functools.partial(self._encode, "video"))
+            if config.tokens and config.images:
+                self._wrap(self.core, "get_image_features", functools.partial(self._encode, "image"))
+            self._wrap(self.model, "forward", self._outer_forward)
+            self._wrap(self.core, "forward", self._core_forward)
+            self._wrap(sequence.language_model, "forward", sequence.enter)
+            if self.adapter.remembers_rope:
+                self._wrap(self.model, "_prepare_position_ids_for_generation", self._position_ids)
+            if sequence.prune_layers:
+                for index, layer in enumerate(sequence.layers):
+                    self._wrap(layer, "forward", functools.partial(sequence.layer, index), keep_positional=True)
+                if self.adapter.has_deepstack:
+                    self._wrap(sequence.language_model, "_deepstack_process", sequence.deepstack, keep_positional=True)
+            if self.attention:
+                for layer in sequence.layers:
+                    self.undo.set(layer.self_attn, dispatch.SLOT, self.attention)
+                name = dispatch.register(self.attention.base)
+                self.undo.set(sequence.language_model.config, "_attn_implementation_internal", name)
+        except BaseException:
+            self.undo.revert()
+            raise
+
+    def _wrap(self, owner: Any, name: str, wrapper: Callable[..., Any], *, keep_positional: bool = False) -> None:
+        """Replace a method of an instance; ``wrapper`` gets the original and, by default, all arguments by name."""
+        original = getattr(owner, name)
+        signature = inspect.signature(original)
+
+        # `generate` reads signatures to decide what it passes, so the original's must show through.
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if args and not keep_positional:
+                named = signature.bind(*args, **kwargs).arguments
+                kwargs = {**named.pop("kwargs", {}), **named}
+                args = ()
+            return wrapper(original, *args, **kwargs)
+
+        self.undo.set(owner, name, replacement)
+
+    # -- the whole model --
+
+    def _outer_forward(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        tail = arguments.get("logits_to_keep", 0)
+        with self._pass(arguments, tail if isinstance(tail, int) and tail > 0 else None):
+            return original(**arguments)
+
+    def _core_forward(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        with self._pass(arguments, None) as forward:
+            if not _has_pictures(arguments):
+                self._recall_rope(arguments.get("past_key_values"))
+                return original(**arguments)
+            self._find_visual(forward, arguments)
+            output = original(**arguments)
+            if self.adapter.remembers_rope and output.past_key_values is not None:
+                # Beside the keys that were rotated by it: the model itself remembers only its latest prompt.
+                output.past_key_values.spatiotoken_rope_deltas = self.core.rope_deltas
+            return output
+
+    @contextmanager
+    def _pass(self, arguments: dict[str, Any], tail: int | None) -> Iterator[Forward]:
+        """The state of the pass at hand: that of the model's forward, or a new one if its core was called directly."""
+        active = ACTIVE.get()
+        if active is not None and active.recorder is self.recorder:
+            yield active
+            return
+        cache = arguments.get("past_key_values")
+        prefill = _has_pictures(arguments) or cache is None or cache.get_seq_length() == 0
+        if self.recorder is None or (prefill and not self.encoded_ahead):
+            self.recorder = self._new_recorder()
+        self.encoded_ahead = set()
+        self.recorder.decode_steps += not prefill
+        forward = Forward(self.recorder, tail)
+        token = ACTIVE.set(forward)
+        try:
+            with self.recorder.span("prefill" if prefill else "decode"):
+                yield forward
+        finally:
+            ACTIVE.reset(token)
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder(self.model.device, len(self.sequence.layers))
+
+    def _find_visual(self, forward: Forward, arguments: dict[str, Any]) -> None:
+        """Note which tokens of the prompt stand for pictures, for the report and for what may be dropped."""
+        input_ids, config = arguments.get("input_ids"), self.core.config
+        if input_ids is not None:
+            image, video = input_ids == config.image_token_id, input_ids == config.video_token_id
+        else:
+            embeds = arguments["inputs_embeds"]
+            image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
+        forward.recorder.visual = forward.recorder.visual_kept = (image | video).sum()
+        if self.config.frames or self.config.tokens or self.config.layers:
+            forward.visual = image | video if self.config.images else video
+
+    # -- M-RoPE offsets, which transformers keeps on the model --
+
+    def _recall_rope(self, cache: Any) -> None:
+        deltas = getattr(cache, "spatiotoken_rope_deltas", None)
+        if deltas is not None:
+            self.core.rope_deltas = deltas
+
+    def _position_ids(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        self._recall_rope(arguments["model_kwargs"].get("past_key_values"))
+        return original(**arguments)
+
+    # -- feature extractors --
+
+    def _encode(self, kind: str, original: Callable[..., Any], **arguments: Any) -> Any:
+        if _ENCODING.get():  # Qwen3-VL encodes videos by its image function
+            return original(**arguments)
+        # The name of the first argument differs between versions of transformers; adapters know one.
+        theirs = next(iter(inspect.signature(original).parameters))
+        ours = "pixel_values_videos" if kind == "video" else "pixel_values"
+        pixels = arguments.pop(theirs)
+
+        def encode(encoding: dict[str, Any]) -> Any:
+            rest = {name: value for name, value in encoding.items() if name != ours}
+            return original(**{theirs: encoding[ours]}, **rest)
+
+        recorder, timing = self._recorder_for(kind)
+        token = _ENCODING.set(True)
+        try:
+            with timing:
+                return self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
+        finally:
+            _ENCODING.reset(token)
+
+    def _recorder_for(self, kind: str) -> tuple[Recorder, AbstractContextManager[None]]:
+        """Where to note an encoding: within a forward its recorder; ahead of one, that of the forward to come."""
+        forward = ACTIVE.get()
+        if forward is not None and forward.recorder is self.recorder:
+            return forward.recorder, nullcontext()
+        if self.recorder is None or not self.encoded_ahead or kind in self.encoded_ahead:
+            self.recorder, self.encoded_ahead = self._new_recorder(), set()
+        self.encoded_ahead.add(kind)
+        return self.recorder, self.recorder.span("encode")
+
+
+def _check_patchable(model: Any) -> None:
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ValueError("this is a PEFT wrapper: patch peft_model.get_base_model() instead")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("torch.compile'd models cannot be patched: patch the model before it is compiled")
+
+
+def _has_pictures(arguments: Mapping[str, Any]) -> bool:
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    given = [arguments.get("pixel_values"), arguments.get("pixel_values_videos"), *encoded.values()]
+    return any(value is not None for value in given)
+
+
+__all__ = ["last_report", "patch_model", "patched", "unpatch_model"]

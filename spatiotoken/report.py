@@ -1,0 +1,170 @@
+"""What one forward did: tokens in and out of each stage, time, memory and arithmetic.
+
+Nothing here waits for the device while the model runs: counts stay tensors and times stay CUDA events until a report
+is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of the last prefill. ``milliseconds`` is what the method itself took."""
+
+    method: str
+    tokens_in: int
+    tokens_out: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class ForwardReport:
+    """The last prefill of a patched model and the decoding since, summed over the batch.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts, without padding, before any reduction.
+        visual_tokens: those of them that stand for pictures.
+        visual_kept: visual tokens that entered the language model.
+        text_tokens: the others.
+        stages: by stage, in the order in which the data passes them.
+        prefill_ms: vision tower, projector, reductions and language model.
+        decode_ms: all later steps together, and ``decode_steps`` how many they were.
+        prefill_flops: estimate for the decoder layers, with ``prefill_flops_dense`` what they would need unreduced.
+        peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU, since the process began (or since
+            ``torch.cuda.reset_peak_memory_stats``).
+        frames: for each video of the prefill the kept temporal units, None where all were.
+    """
+
+    prompt_tokens: int
+    visual_tokens: int
+    visual_kept: int
+    text_tokens: int
+    stages: dict[str, StageReport]
+    prefill_ms: float
+    decode_ms: float
+    decode_steps: int
+    prefill_flops: float
+    prefill_flops_dense: float
+    peak_memory_bytes: int
+    frames: tuple[tuple[int, ...], ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Recorder:
+    """Collects what a ``ForwardReport`` is made of, from one prefill to the next."""
+
+    def __init__(self, device: torch.device, depth: int) -> None:
+        self.device = device
+        self.prompt: Tensor | int = 0
+        self.visual: Tensor | int = 0
+        self.visual_kept: Tensor | int = 0
+        self.frames: tuple[tuple[int, ...], ...] | None = None
+        self.decode_steps = 0
+        # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
+        self.layer_lengths: list[list[int]] = [[] for _ in range(depth)]
+        self.dense_lengths: list[int] = []
+        self._stages: dict[str, _Stage] = {}
+        self._spans: dict[str, list[_Span]] = {}
+
+    def stage(self, stage: str, method: str, tokens_in: Tensor | int, tokens_out: Tensor | int) -> None:
+        """Add what a stage was given and left; calls for the same stage add up."""
+        entry = self._stages.setdefault(stage, _Stage(method))
+        entry.tokens_in = entry.tokens_in + tokens_in
+        entry.tokens_out = entry.tokens_out + tokens_out
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time a block under ``name``; blocks of one name add up."""
+        span = _Span(self.device)
+        try:
+            yield
+        finally:
+            span.stop()
+            self._spans.setdefault(name, []).append(span)
+
+    def milliseconds(self, name: str) -> float:
+        return sum(span.milliseconds() for span in self._spans.get(name, []))
+
+    def report(self, layers: nn.ModuleList) -> ForwardReport:
+        prompt, visual = int(self.prompt), int(self.visual)
+        stages = {
+            name: StageReport(entry.method, int(entry.tokens_in), int(entry.tokens_out), self.milliseconds(name))
+            for name, entry in self._stages.items()
+        }
+        return ForwardReport(
+            prompt_tokens=prompt,
+            visual_tokens=visual,
+            visual_kept=int(self.visual_kept),
+            text_tokens=prompt - visual,
+            stages=stages,
+            prefill_ms=self.milliseconds("encode") + self.milliseconds("prefill"),
+            decode_ms=self.milliseconds("decode"),
+            decode_steps=self.decode_steps,
+            prefill_flops=_flops(layers, self.layer_lengths),
+            prefill_flops_dense=_flops(layers, [self.dense_lengths] * len(layers)),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            frames=self.frames,
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by torch's allocator on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # absent on Windows, and needed only here
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class _Stage:
+    method: str
+    tokens_in: Tensor | int = field(default=0)
+    tokens_out: Tensor | int = field(default=0)
+
+
+class _Span:
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = self._mark()
+        self._stop = self._start
+
+    def stop(self) -> None:
+        self._stop = self._mark()
+
+    def milliseconds(self) -> float:
+        if self._cuda:
+            self._stop.synchronize()
+            return self._start.elapsed_time(self._stop)
+        return (self._stop - self._start) * 1e3
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _flops(layers: nn.ModuleList, lengths: list[list[int]]) -> float:
+    """Multiply-adds counted as two, of the weights and of causal attention; embeddings and norms left out."""
+    total = 0.0
+    for layer, samples in zip(layers, lengths, strict=True):
+        weights = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
+        width = layer.self_attn.o_proj.in_features  # type: ignore[union-attr]
+        # Scores and weighted values, half of the square each: 2 products x 2 x n^2 / 2 x width.
+        total += sum(2.0 * weights * n + 2.0 * n * n * width for n in samples)
+    return total

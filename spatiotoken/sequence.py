@@ -1,0 +1,251 @@
+"""Keeping some rows of a padded batch: which rows, how they are gathered, and caches that know they are shorter.
+
+Vocabulary: a *row* is one place of one sample's sequence. Sequences have an *original* length (what the tokenizer and
+``generate`` count) and a *physical* one (rows that are really computed or cached).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+DROPPED = (float("-inf"), float("inf"), float("-inf"), float("inf"))
+"""First values of the embedding of a dropped token.
+
+The mark travels inside the embeddings, because between the projector and the language model transformers may convert,
+repeat (beam search), slice (chunked prefill) or hand over features in a call of its own; no value that a network
+computes looks like it.
+"""
+
+
+def mark_dropped(embeddings: Tensor, keep: Tensor) -> Tensor:
+    """``embeddings [N, D]`` with the mark written over the rows where ``keep [N]`` is False."""
+    mark = embeddings.new_tensor(DROPPED)
+    marked = embeddings.clone()
+    marked[:, : len(DROPPED)] = torch.where(keep[:, None], embeddings[:, : len(DROPPED)], mark)
+    return marked
+
+
+def kept_rows(embeddings: Tensor) -> Tensor:
+    """``[B, L]`` bool, False at the rows of ``embeddings [B, L, D]`` that carry the mark."""
+    return (embeddings[..., : len(DROPPED)] != embeddings.new_tensor(DROPPED)).any(dim=-1)
+
+
+def compact_index(keep: Tensor, length: int, *, left: bool) -> Tensor:
+    """``[B, length]``: which rows of ``keep [B, L]`` come first to last, in order, padded on one side.
+
+    Args:
+        length: at least the largest number of kept rows of a sample.
+        left: pad on the left. Padding points at rows that are not kept.
+    """
+    order = keep.to(torch.uint8).argsort(dim=1, descending=not left, stable=True)
+    return order[:, keep.shape[1] - length :] if left else order[:, :length]
+
+
+def gather_rows(values: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Rows ``index [B, K]`` of ``values [..., B or 1, L, ...]``, whose rows are along ``dim`` and samples before it."""
+    dim = dim % values.ndim
+    shape = [1] * values.ndim
+    shape[dim - 1], shape[dim] = index.shape
+    target = list(values.shape)
+    target[dim - 1], target[dim] = index.shape
+    source = list(values.shape)
+    source[dim - 1] = index.shape[0]
+    return values.expand(source).gather(dim, index.view(shape).expand(target))
+
+
+def restore_rows(values: Tensor, rows: Rows, length: int, tail: int) -> Tensor:
+    """Put ``values [B, K, D]`` back at the last ``tail`` of ``length`` original rows; dropped rows are zero."""
+    inverse = rows.index.new_full((rows.index.shape[0], length + 1), -1)
+    # Padding rows are sent to a column of their own, so that they overwrite nothing.
+    place = torch.where(rows.valid, rows.index, length)
+    inverse.scatter_(1, place, torch.arange(rows.index.shape[1], device=rows.index.device).expand_as(rows.index))
+    wanted = inverse[:, length - tail : length]
+    return gather_rows(values, wanted.clamp(min=0), 1).masked_fill(wanted[..., None] < 0, 0)
+
+
+@dataclass
+class Rows:
+    """The rows of a batch that are still there.
+
+    Attributes:
+        index: ``[B, K]`` original row of each.
+        valid: ``[B, K]`` False at padding.
+        lengths: number of valid rows of each sample.
+        left: padding is on the left.
+    """
+
+    index: Tensor
+    valid: Tensor
+    lengths: list[int]
+    left: bool
+
+    @property
+    def all_valid(self) -> bool:
+        return min(self.lengths) == self.index.shape[1]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """``valid``, or None where there is no padding: what needs no mask gets none."""
+        return None if self.all_valid else self.valid
+
+    def narrow(self, keep: Tensor, lengths: list[int]) -> tuple[Rows, Tensor]:
+        """What is left where ``keep [B, K]`` is True, and the ``[B, K']`` index that gathers it from these rows."""
+        inner = compact_index(keep & self.valid, max(lengths), left=self.left)
+        rows = Rows(self.index.gather(1, inner), (keep & self.valid).gather(1, inner), lengths, self.left)
+        return rows, inner
+
+
+class LogicalLayer(DynamicLayer):
+    """A cache layer that reports the original length of the conversation while it holds fewer rows.
+
+    ``generate`` slices prompts and counts positions by ``get_seq_length``; masks are made from ``get_mask_sizes``,
+    which describes the cached rows as the latest ones, as sliding-window layers do. So a conversation goes on by
+    ``generate(..., past_key_values=cache)`` like an unpruned one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped = 0
+        self.appended = 0
+        self.valid: Tensor | None = None
+
+    @property
+    def physical_length(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.physical_length + self.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.physical_length + query_length, self.dropped
+
+    def record(self, original: int, valid: Tensor | None, kept: int) -> None:
+        """Note that ``original`` rows came in of which ``kept`` were cached, ``valid [B, kept]`` of them no padding."""
+        self.valid = joined_valid(self.valid, self.physical_length - kept, valid, kept)
+        self.dropped += original - kept
+        self.appended = self.appended + kept if original == kept else 0
+
+    def attention_mask(self, new_valid: Tensor | None, num_new: int) -> Tensor | None:
+        """2-D mask over the original length plus ``num_new`` queries, as transformers wants it; None if all is seen."""
+        seen = joined_valid(self.valid, self.physical_length, new_valid, num_new)
+        return None if seen is None else torch.nn.functional.pad(seen, (self.dropped, 0), value=True)
+
+    def reset(self) -> None:
+        super().reset()
+        self.dropped = self.appended = 0
+        self.valid = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.dropped and abs(tokens_to_remove) > self.appended:
+            raise ValueError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: only {self.appended} came after the pruned prompt"
+            )
+        super().crop(tokens_to_remove)
+        if self.valid is not None:
+            self.valid = self.valid[:, : self.physical_length]
+        self.appended -= abs(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_valid(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_valid(lambda valid: valid.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_valid(lambda valid: valid[indices, ...])
+
+    def _map_valid(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.valid is not None:
+            self.valid = function(self.valid)
+
+
+def is_logical(cache: Any) -> bool:
+    """Whether ``cache`` was made shorter (or ready to be) by ``with_logical_layers``."""
+    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], LogicalLayer)
+
+
+def with_logical_layers(cache: Cache | None, config: PreTrainedConfig) -> DynamicCache:
+    """``cache`` (a new one if None) whose layers are all ``LogicalLayer``, changed in place.
+
+    Raises:
+        ValueError: for caches other than ``DynamicCache`` with full attention; the message names the kind.
+    """
+    if cache is None:
+        cache = DynamicCache(config=config)
+    if is_logical(cache):
+        return cache  # type: ignore[return-value]
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise ValueError(_unsupported_cache(f"{type(cache).__name__}{' (offloaded)' if _offloading(cache) else ''}"))
+    for position, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise ValueError(_unsupported_cache(f"a {type(layer).__name__} at layer {position}"))
+    layers: list[Any] = [LogicalLayer() for _ in range(config.num_hidden_layers)]
+    for new, old in zip(layers, cache.layers, strict=False):
+        new.__dict__.update(old.__dict__)
+    cache.layers = layers
+    return cache
+
+
+def joined_valid(past: Tensor | None, num_past: int, new: Tensor | None, num_new: int) -> Tensor | None:
+    """``[B, num_past + num_new]`` of two validity masks, None standing for one without padding."""
+    if past is None and new is None:
+        return None
+    batch, device = (new if past is None else past).shape[0], (new if past is None else past).device  # type: ignore[union-attr]
+    first = torch.ones(batch, num_past, dtype=torch.bool, device=device) if past is None else past
+    second = torch.ones(batch, num_new, dtype=torch.bool, device=device) if new is None else new
+    return torch.cat([first, second], dim=1)
+
+
+def layer_mask(
+    config: PreTrainedConfig, hidden: Tensor, layer: LogicalLayer | None, valid: Tensor | None
+) -> Tensor | Any | None:
+    """The causal mask of one decoder layer, in the form that the model's attention wants.
+
+    Args:
+        hidden: ``[B, K, D]``, what is about to enter the layer.
+        layer: its cache, or None without one.
+        valid: ``[B, K]`` False at padding, None if there is none.
+    """
+    if layer is None:
+        # An explicit mask: without one, gaps between position ids would be taken for borders of packed samples.
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if valid is None else valid
+        return create_causal_mask(config, hidden, mask, past_key_values=None)
+    mask = layer.attention_mask(valid, hidden.shape[1])
+    return create_causal_mask(config, hidden, mask, past_key_values=_OneLayer(layer))  # type: ignore[arg-type]
+
+
+class _OneLayer:
+    """What ``create_causal_mask`` asks a cache, answered by a single layer."""
+
+    is_compileable = False
+
+    def __init__(self, layer: LogicalLayer) -> None:
+        self._layer = layer
+
+    def get_query_offset(self, layer_idx: int) -> int:
+        return self._layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._layer.get_mask_sizes(query_length)
+
+
+def _offloading(cache: Cache) -> bool:
+    return getattr(cache, "offloading", False)
+
+
+def _unsupported_cache(kind: str) -> str:
+    return (
+        f"token reduction does not support this KV cache: {kind}; supported: DynamicCache with full-attention layers, "
+        "not offloaded (the default of `generate`)"
+    )

@@ -1,0 +1,46 @@
+"""The state of one forward pass of a patched model."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from spatiotoken.report import Recorder
+from spatiotoken.sequence import Rows
+
+
+@dataclass
+class Forward:
+    """What the wrapped parts of a model tell each other during one pass.
+
+    Attributes:
+        recorder: collects the report.
+        tail: how many of the last output rows the caller reads; None for all of them.
+        visual: ``[B, K]`` True at visual tokens that may be dropped; None if the pass brings no new pictures.
+        rows: what is left of the sequence at the layer at hand; None if nothing is tracked.
+        since_entry: ``[B, K]`` which of the rows that entered the language model are left; None while all are.
+        counts: visual tokens of each sample that are left, and ``initial`` when they entered the language model.
+        history: from which decoder layer on which rows were there.
+        overrides: position arguments of decoder layers, cut like the sequence.
+        masks: the mask of each decoder layer, where not all layers have the same.
+        scored: input and position embeddings of the layer whose attention ranks the tokens.
+    """
+
+    recorder: Recorder
+    tail: int | None = None
+    visual: Tensor | None = None
+    rows: Rows | None = None
+    since_entry: Tensor | None = None
+    counts: list[int] = field(default_factory=list)
+    initial: list[int] = field(default_factory=list)
+    history: list[tuple[int, Rows]] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
+    scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+
+ACTIVE: ContextVar[Forward | None] = ContextVar("spatiotoken_forward", default=None)
+"""The pass that is running in this thread."""
