@@ -74,10 +74,10 @@ class ModelAdapter(ABC):
 
     # -- where things are --
 
-    def core(self, model: PreTrainedModel) -> nn.Module:
+    def core(self, model: PreTrainedModel) -> Any:
         return model.model
 
-    def language_model(self, model: PreTrainedModel) -> nn.Module:
+    def language_model(self, model: PreTrainedModel) -> Any:
         return self.core(model).language_model
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
@@ -86,15 +86,15 @@ class ModelAdapter(ABC):
     # -- features of videos and images --
 
     @abstractmethod
-    def items(self, core: nn.Module, kind: str, encoding: Encoding) -> list[Item]:
+    def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         """What ``get_{kind}_features(**encoding)`` returns, item by item (``kind`` is "video" or "image")."""
 
     @abstractmethod
-    def frame_features(self, core: nn.Module, encoding: Encoding) -> list[Tensor]:
+    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
         """``[T, F]`` cheap appearance features of each video's temporal units, from the pixels alone."""
 
     @abstractmethod
-    def take_frames(self, core: nn.Module, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         """``encoding`` with only the ``chosen`` temporal units of each video."""
 
     def read(self, output: Any) -> list[Tensor]:

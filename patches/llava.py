@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, Segment
 
@@ -18,26 +18,26 @@ class Llava(ModelAdapter):
     """Videos are ``[videos, frames, 3, H, W]``; images are a whole view and tiles with a newline after each line."""
 
     @abstractmethod
-    def pooled_side(self, core: nn.Module) -> int:
+    def pooled_side(self, core: Any) -> int:
         """Tokens along one side of a video frame after pooling."""
 
-    def max_tiles(self, core: nn.Module) -> int | None:
+    def max_tiles(self, core: Any) -> int | None:
         """Tiles beyond which the family shrinks an image, None where it does not."""
         return None
 
-    def items(self, core: nn.Module, kind: str, encoding: Encoding) -> list[Item]:
+    def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         if kind == "image":
             return [self._image(core, size, single) for size, single in _images(encoding)]
         videos, frames = encoding["pixel_values_videos"].shape[:2]
         side = self.pooled_side(core)
         return [Item.of_grid((frames, side, side)) for _ in range(videos)]
 
-    def frame_features(self, core: nn.Module, encoding: Encoding) -> list[Tensor]:
+    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
         pixels = encoding["pixel_values_videos"].float()
         small = torch.nn.functional.adaptive_avg_pool2d(pixels.flatten(0, 1), 16)
         return list(small.flatten(1).unflatten(0, pixels.shape[:2]))
 
-    def take_frames(self, core: nn.Module, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         if len({len(indices) for indices in chosen}) > 1:
             raise ValueError(
                 f"this model stacks videos, so each must keep as many frames; the frames stage chose {list(chosen)}"
@@ -56,7 +56,7 @@ class Llava(ModelAdapter):
         parts = torch.split(features[0], sizes)
         output.pooler_output = torch.stack(parts) if stacked else list(parts)
 
-    def _image(self, core: nn.Module, size: Any, single: bool) -> Item:
+    def _image(self, core: Any, size: Any, single: bool) -> Item:
         """The whole view, then the tiles joined to one picture without its padding, a newline after each line."""
         modeling = sys.modules[type(core).__module__]
         vision = core.config.vision_config
@@ -83,11 +83,11 @@ class LlavaOnevision(Llava):
     # transformers 5.17 adds the newline after `get_video_features`, later ones within.
     trailing: ClassVar[tuple[int, ...]] = (0, 1)
 
-    def pooled_side(self, core: nn.Module) -> int:
+    def pooled_side(self, core: Any) -> int:
         vision = core.config.vision_config
         return math.ceil(vision.image_size // vision.patch_size / 2)
 
-    def max_tiles(self, core: nn.Module) -> int:
+    def max_tiles(self, core: Any) -> int:
         return int(core.config.vision_aspect_ratio.removeprefix("anyres_max_"))
 
 
@@ -96,7 +96,7 @@ class LlavaNextVideo(Llava):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
 
-    def pooled_side(self, core: nn.Module) -> int:
+    def pooled_side(self, core: Any) -> int:
         vision = core.config.vision_config
         return vision.image_size // vision.patch_size // core.config.spatial_pool_stride
 

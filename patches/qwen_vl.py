@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter
 
@@ -17,11 +17,11 @@ class QwenVL(ModelAdapter):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     remembers_rope: ClassVar[bool] = True
 
-    def items(self, core: nn.Module, kind: str, encoding: Encoding) -> list[Item]:
+    def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         merge = core.visual.spatial_merge_size
         return [Item.of_grid((t, h // merge, w // merge)) for t, h, w in _grids(encoding, kind)]
 
-    def frame_features(self, core: nn.Module, encoding: Encoding) -> list[Tensor]:
+    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
         pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
         channels = core.config.vision_config.in_channels
         # The mean colour of each patch: a patch row holds its channels one after the other.
@@ -29,7 +29,7 @@ class QwenVL(ModelAdapter):
         videos = colours.split([t * h * w for t, h, w in grids])
         return [video.reshape(grid[0], -1) for video, grid in zip(videos, grids, strict=True)]
 
-    def take_frames(self, core: nn.Module, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
         videos = pixels.split([t * h * w for t, h, w in grids])
         units = [

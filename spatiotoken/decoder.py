@@ -64,8 +64,10 @@ class SequenceStages:
         embeds, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
         batch, length = embeds.shape[:2]
         assert forward.visual is not None
-        plain_mask = isinstance(mask, Tensor) and mask.ndim == 2
-        valid = mask[:, -length:].bool() if plain_mask else embeds.new_ones(batch, length, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask[:, -length:].bool()
+        else:
+            valid = embeds.new_ones(batch, length, dtype=torch.bool)
         # Without a stage before the language model there is no mark to look for.
         kept = kept_rows(embeds) & valid if self.config.frames or self.config.tokens else valid
         visual = forward.visual & kept
@@ -77,20 +79,21 @@ class SequenceStages:
         self._record(forward, lengths, real)
         if not shortened and not self.prune_layers:
             return original(**arguments)
-        if mask is not None and not plain_mask:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise ValueError(
                 "token reduction needs a 2-D attention mask and a dynamic KV cache; this call brings a prepared mask "
                 "(of a static cache or your own)"
             )
-        cache = arguments.get("past_key_values")
+        cache: Any = arguments.get("past_key_values")
         if cache is not None or self._uses_cache(arguments):
             cache = arguments["past_key_values"] = with_logical_layers(cache, self.language_model.config)
         past = cache.layers[0].get_seq_length() if cache is not None else 0
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
         if shortened:
             index = compact_index(kept, max(lengths), left=all(last))
-            self._gather_arguments(arguments, index, kept, past)
         rows = Rows(index, kept.gather(1, index), lengths, all(last))
+        if shortened:
+            self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
         if shortened or past:
@@ -107,8 +110,10 @@ class SequenceStages:
             output.last_hidden_state = restore_rows(output.last_hidden_state, forward.rows, length, tail)
         return output
 
-    def _gather_arguments(self, arguments: dict[str, Any], index: Tensor, kept: Tensor, past: int) -> None:
-        arguments["inputs_embeds"] = gather_rows(arguments["inputs_embeds"], index, 1)
+    def _gather_arguments(self, arguments: dict[str, Any], rows: Rows, kept: Tensor, past: int) -> None:
+        index, embeds = rows.index, gather_rows(arguments["inputs_embeds"], rows.index, 1)
+        # Padding may point at marked rows, and a weight of zero times infinity is not zero.
+        arguments["inputs_embeds"] = embeds if rows.all_valid else embeds.masked_fill(~rows.valid[..., None], 0)
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + kept.shape[1], device=index.device)[None]

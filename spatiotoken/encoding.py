@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatiotoken.config import PatchConfig
 from spatiotoken.patches.adapter import Item, ModelAdapter
@@ -27,7 +27,7 @@ Choice = list[tuple[int, ...]]
 class FeatureStages:
     """Runs the two stages for one model."""
 
-    def __init__(self, adapter: ModelAdapter, core: nn.Module, config: PatchConfig) -> None:
+    def __init__(self, adapter: ModelAdapter, core: Any, config: PatchConfig) -> None:
         self.adapter = adapter
         self.core = core
         self.config = config

@@ -164,7 +164,8 @@ def _flops(layers: nn.ModuleList, lengths: list[list[int]]) -> float:
     total = 0.0
     for layer, samples in zip(layers, lengths, strict=True):
         weights = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
-        width = layer.self_attn.o_proj.in_features  # type: ignore[union-attr]
-        # Scores and weighted values, half of the square each: 2 products x 2 x n^2 / 2 x width.
-        total += sum(2.0 * weights * n + 2.0 * n * n * width for n in samples)
+        width: int = layer.get_submodule("self_attn.o_proj").in_features  # type: ignore[assignment]
+        for n in samples:
+            # Scores and weighted values, half of the square each: 2 products x 2 x n^2 / 2 x width.
+            total += 2.0 * weights * n + 2.0 * n * n * width
     return total

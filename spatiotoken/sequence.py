@@ -140,6 +140,9 @@ class LogicalLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
+        # transformers 5.17 only overwrites the values with zeros.
+        self.keys = self.values = None
+        self.is_initialized = False
         self.dropped = self.appended = 0
         self.valid = None
 
@@ -199,12 +202,13 @@ def with_logical_layers(cache: Cache | None, config: PreTrainedConfig) -> Dynami
 
 def joined_valid(past: Tensor | None, num_past: int, new: Tensor | None, num_new: int) -> Tensor | None:
     """``[B, num_past + num_new]`` of two validity masks, None standing for one without padding."""
-    if past is None and new is None:
+    if past is not None:
+        new = past.new_ones(past.shape[0], num_new) if new is None else new
+    elif new is not None:
+        past = new.new_ones(new.shape[0], num_past)
+    else:
         return None
-    batch, device = (new if past is None else past).shape[0], (new if past is None else past).device  # type: ignore[union-attr]
-    first = torch.ones(batch, num_past, dtype=torch.bool, device=device) if past is None else past
-    second = torch.ones(batch, num_new, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([first, second], dim=1)
+    return torch.cat([past, new], dim=1)
 
 
 def layer_mask(
@@ -221,8 +225,8 @@ def layer_mask(
         # An explicit mask: without one, gaps between position ids would be taken for borders of packed samples.
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if valid is None else valid
         return create_causal_mask(config, hidden, mask, past_key_values=None)
-    mask = layer.attention_mask(valid, hidden.shape[1])
-    return create_causal_mask(config, hidden, mask, past_key_values=_OneLayer(layer))  # type: ignore[arg-type]
+    seen = layer.attention_mask(valid, hidden.shape[1])
+    return create_causal_mask(config, hidden, seen, past_key_values=_OneLayer(layer))  # type: ignore[arg-type]
 
 
 class _OneLayer:

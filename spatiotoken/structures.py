@@ -51,7 +51,7 @@ class ReducedTokens:
     def __post_init__(self) -> None:
         if self.source.ndim != 1 or self.embeddings.shape[0] != self.source.shape[0] or not self.source.shape[0]:
             raise ValueError(
-                f"{tuple(self.embeddings.shape)} survivors for {tuple(self.source.shape)} sources: they must be as many, "
+                f"{tuple(self.embeddings.shape)} survivors for {tuple(self.source.shape)} sources: must be as many, "
                 "and at least one"
             )
 

@@ -69,7 +69,7 @@ def sparse_attention(
     sliding = kwargs.get("sliding_window") is not None
     if query.shape[2] == 1 or sliding or patch.method.is_dense(query.shape[2], key.shape[2]):
         # Eager attention is no entry of the registry but a function of each model's module.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         own = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)
         return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     forward = ACTIVE.get()

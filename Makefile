@@ -1,0 +1,54 @@
+# Each target does all its set-up: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+
+.PHONY: setup demo test test-slow test-oldest lint typecheck format benchmark clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	# An ordinary pair from PyPI: HF's video processors need a torchvision that fits its torch.
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet -e '.[dev,torchcodec]'
+	touch $@
+
+demo: setup
+	$(BIN)/spatiotoken run --video tests/data/flipping_a_pancake.mkv --question "What is the person doing?" \
+		--config balanced --num-frames 16 --max-new-tokens 16
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# The oldest supported transformers beside the same torch; everything else is shared with the main environment.
+test-oldest: setup
+	test -d $(OLDEST)/transformers || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
+		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
+		tests/test_caches.py tests/probe
+
+lint: setup typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Installed as a wheel lays it out, since the type checker cannot follow `patches/` into the package.
+typecheck: setup
+	rm -rf build/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: setup
+	$(BIN)/python scripts/benchmark.py --suite overhead
+	$(BIN)/python scripts/benchmark.py --suite reduction
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

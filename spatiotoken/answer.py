@@ -1,0 +1,160 @@
+"""One question about one video: load a model, build the prompt, generate, and say which frames were seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from spatiotoken.patches.adapter import ADAPTERS
+from spatiotoken.patching import last_report
+from spatiotoken.report import ForwardReport
+from spatiotoken.video import Video
+
+Dtype = torch.dtype | Literal["auto"]
+
+DTYPES: dict[str, Dtype] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class ModelLoadError(ValueError):
+    """A model that cannot be loaded or is not supported; the message names it and the cause, in one line."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost.
+
+    Attributes:
+        text: the new tokens, decoded.
+        report: what the patch did.
+        frame_indices: source frames that reached the vision tower, in order.
+        frame_seconds: when those are presented, from the first frame of the video.
+    """
+
+    text: str
+    report: ForwardReport
+    frame_indices: tuple[int, ...]
+    frame_seconds: tuple[float, ...]
+
+
+def resolve_dtype(name: str) -> Dtype:
+    """The dtype of that name; "auto" is the one the checkpoint was saved in.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: unknown name, or a GPU that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}; supported: auto, cpu, cuda, cuda:N")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load_model(
+    model: str | Path, *, dtype: Dtype = "auto", device: torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A supported model, ready for ``patch_model``, and its processor.
+
+    Args:
+        model: id on the Hugging Face hub, or a directory made by ``save_pretrained``.
+        device: where to put it; the CPU by default.
+
+    Raises:
+        ModelLoadError: it cannot be read, its architecture is not supported, or it lacks what videos or chats need.
+    """
+    try:
+        # Before the weights, which can be large and are not needed to refuse a model.
+        ADAPTERS.get(AutoConfig.from_pretrained(model).model_type)
+        processor = AutoProcessor.from_pretrained(model)
+        if not hasattr(processor, "video_processor"):
+            raise ValueError("it has no video processor")
+        if processor.chat_template is None:
+            raise ValueError("its processor has no chat template")
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelLoadError(f"cannot load model {str(model)!r}: {' '.join(str(error).split())}") from error
+    return loaded.to(device or torch.device("cpu")).eval(), processor
+
+
+def video_metadata(video: Video) -> dict[str, Any]:
+    """What processors want to know of a video whose frames were already chosen."""
+    return {
+        "fps": video.metadata.fps,
+        "frames_indices": list(video.indices),
+        "total_num_frames": video.metadata.num_frames,
+    }
+
+
+def prepare_inputs(processor: Any, frames: Tensor, question: str, metadata: Mapping[str, Any]) -> Any:
+    """The model's inputs for one user turn of a video and a question.
+
+    Args:
+        frames: uint8 ``[T, 3, H, W]``; all of them are used.
+        metadata: as ``video_metadata`` gives it.
+    """
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(
+        text=[prompt],
+        videos=[frames],
+        video_metadata=[dict(metadata)],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+
+
+def answer_video(
+    model: PreTrainedModel, processor: Any, video: Video, question: str, *, max_new_tokens: int = 64
+) -> Answer:
+    """Ask a patched model (by ``dense`` to reduce nothing), with greedy decoding.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    inputs = prepare_inputs(processor, video.frames, question, video_metadata(video)).to(model.device, model.dtype)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    report = last_report(model)
+    seen = _frames_seen(model, report, len(video.indices))
+    return Answer(
+        text=processor.tokenizer.decode(new_tokens, skip_special_tokens=True).strip(),
+        report=report,
+        frame_indices=tuple(video.indices[row] for row in seen),
+        frame_seconds=tuple(float(video.timestamps[row]) for row in seen),
+    )
+
+
+def _frames_seen(model: PreTrainedModel, report: ForwardReport, frames: int) -> list[int]:
+    """Rows of the frames in the temporal units that the in-model ``frames`` stage kept."""
+    if report.frames is None:
+        return list(range(frames))
+    # Qwen's towers take several frames as one unit, and processors fill the last unit by repeating a frame.
+    size = getattr(model.config.vision_config, "temporal_patch_size", 1)
+    (units,) = report.frames
+    return [row for unit in units for row in range(unit * size, min((unit + 1) * size, frames))]

@@ -1,0 +1,118 @@
+"""Tiny models of every family, real clips, and prompts made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from spatiotoken import load_video, unpatch_model
+from spatiotoken.probe import TINY_MODEL_TYPES, build_tiny
+from spatiotoken.video import Video
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = Path(__file__).parent / "golden"
+QUESTION = "What is happening in this video?"
+
+# The models are so small that a second thread costs more than it gives, above all beside another test process.
+torch.set_num_threads(1)
+
+
+@dataclass
+class Family:
+    """A tiny model with its processor, and how prompts for it are made."""
+
+    name: str
+    model: PreTrainedModel
+    processor: Any
+    clips: dict[str, Video]
+
+    @property
+    def stacks_videos(self) -> bool:
+        """LLaVA processors stack videos, so all in a batch have as many frames."""
+        return self.name.startswith("llava")
+
+    def video(self, name: str, frames: int) -> tuple[Tensor, dict[str, Any]]:
+        """``frames`` frames of a clip, with the metadata that processors want."""
+        clip = self.clips[name]
+        step = len(clip.indices) // frames
+        return clip.frames[::step][:frames], {
+            "fps": clip.metadata.fps,
+            "frames_indices": list(clip.indices[::step][:frames]),
+            "total_num_frames": clip.metadata.num_frames,
+        }
+
+    def inputs(self, *samples: Sequence[Any], padding_side: str = "left") -> dict[str, Tensor]:
+        """Processor output for a batch; a sample lists texts, ``("video", clip, frames)`` and ``("image", clip)``."""
+        texts, videos, metadata, images = [], [], [], []
+        for sample in samples:
+            content = []
+            for part in sample:
+                if isinstance(part, str):
+                    content.append({"type": "text", "text": part})
+                    continue
+                content.append({"type": part[0]})
+                if part[0] == "video":
+                    frames, described = self.video(part[1], part[2])
+                    videos.append(frames)
+                    metadata.append(described)
+                else:
+                    images.append(self.clips[part[1]].frames[0])
+            message = [{"role": "user", "content": content}]
+            texts.append(self.processor.apply_chat_template(message, add_generation_prompt=True))
+        pictures: dict[str, Any] = {}
+        if videos:
+            pictures |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        if images:
+            pictures["images"] = images
+        self.processor.tokenizer.padding_side = padding_side
+        try:
+            return dict(self.processor(text=texts, padding=True, return_tensors="pt", **pictures))
+        finally:
+            self.processor.tokenizer.padding_side = "left"
+
+    def generate(self, inputs: dict[str, Tensor], new: int = 6, **kwargs: Any) -> Any:
+        return self.model.generate(
+            **inputs,
+            max_new_tokens=new,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **kwargs,
+        )
+
+    def logits(self, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        with torch.inference_mode():
+            return self.model(**inputs, **kwargs).logits
+
+
+@pytest.fixture(scope="session")
+def clips() -> dict[str, Video]:
+    """Frames of real footage, small enough to be quick."""
+    chosen = {"pancake": "flipping_a_pancake.mkv", "nasa": "nasa_13013_rotated.mp4", "vp9": "testsrc2_vp9.webm"}
+    return {name: load_video(DATA / file, num_frames=16, backend="pyav") for name, file in chosen.items()}
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Video]) -> dict[str, Family]:
+    root = tmp_path_factory.mktemp("tiny-models")
+    loaded = {}
+    for name in TINY_MODEL_TYPES:
+        directory = build_tiny(name, root / name)
+        model = AutoModelForImageTextToText.from_pretrained(directory).eval()
+        loaded[name] = Family(name, model, AutoProcessor.from_pretrained(directory), clips)
+    return loaded
+
+
+@pytest.fixture(params=TINY_MODEL_TYPES)
+def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
+    """Each family in turn; its model is left unpatched."""
+    chosen = families[request.param]
+    yield chosen
+    unpatch_model(chosen.model)

@@ -1,0 +1,317 @@
+"""Caches, decoding modes and what else users do with a patched model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, StaticCache
+
+from spatiotoken import last_report, patch_model, patched, unpatch_model
+from spatiotoken.sequence import LogicalLayer
+from spatiotoken.undo import UndoError
+from tests.cases import COMBINED, REDUCED, config_of
+from tests.conftest import QUESTION, Family
+
+PROMPT = [("video", "pancake", 8), QUESTION]
+CONFIGS = [
+    pytest.param(config_of(("tokens", "evs"), REDUCED["tokens", "evs"]), id="tokens"),
+    pytest.param(config_of(("layers", "fastv"), REDUCED["layers", "fastv"]), id="layers"),
+    pytest.param(config_of(("frames", "uniform"), REDUCED["frames", "uniform"]), id="frames"),
+]
+
+
+def single_answers(family: Family, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    return family.model.generate(**inputs, max_new_tokens=5, **kwargs)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_beam_search(family: Family, config: Any) -> None:
+    """Beams repeat and reorder the cache; with one beam's worth of choice they give the greedy answer."""
+    inputs = family.inputs(PROMPT, ["Describe", ("video", "nasa", 8), "the scene."])
+    with patched(family.model, config):
+        batch = single_answers(family, inputs, num_beams=3, do_sample=False)
+        alone = single_answers(family, family.inputs(PROMPT), num_beams=3, do_sample=False)
+        assert torch.equal(batch[0, -5:], alone[0, -5:])
+        uncached = single_answers(family, family.inputs(PROMPT), num_beams=3, do_sample=False, use_cache=False)
+    if config.layers is None:  # which otherwise ranks by another last token
+        assert torch.equal(alone, uncached)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_several_returned_sequences(family: Family, config: Any) -> None:
+    with patched(family.model, config):
+        torch.manual_seed(0)
+        several = single_answers(family, family.inputs(PROMPT), do_sample=True, num_return_sequences=3)
+        assert several.shape[0] == 3
+        greedy = single_answers(family, family.inputs(PROMPT), do_sample=True, num_return_sequences=2, top_k=1)
+        expected = single_answers(family, family.inputs(PROMPT), do_sample=False)
+        assert torch.equal(greedy, expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tokens_taken_back(family: Family, config: Any) -> None:
+    """What assisted decoding does with rejected candidates. (Its own modes copy placeholders of these prompts.)"""
+    inputs = family.inputs(PROMPT, ["Describe", ("video", "nasa", 8), "the scene."])
+    with patched(family.model, config), torch.inference_mode():
+        one, two = (family.model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        more = inputs["input_ids"][:, -6:]
+
+        def go_on(ids: Tensor, cache: Any) -> Tensor:
+            mask = torch.cat(
+                [inputs["attention_mask"], torch.ones(2, cache.get_seq_length() - length + ids.shape[1])], 1
+            )
+            positions = mask.cumsum(-1).long()[:, -ids.shape[1] :]
+            return family.model(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache
+            ).logits
+
+        length = inputs["input_ids"].shape[1]
+        go_on(more[:, :4], one)
+        one.crop(-2)
+        assert one.get_seq_length() == length + 2
+        go_on(more[:, :2], two)
+        torch.testing.assert_close(go_on(more[:, 4:], one), go_on(more[:, 4:], two))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_copied_cache(family: Family, config: Any) -> None:
+    """One encoded video, several questions, each on a copy of the cache."""
+    prompt = family.inputs(PROMPT)
+    with patched(family.model, config):
+        first = family.generate(prompt)
+        kept = copy.deepcopy(first.past_key_values)
+        ids = torch.cat([first.sequences, first.sequences[:, -3:]], dim=1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        one = family.generate(again, past_key_values=first.past_key_values)
+        two = family.generate(again, past_key_values=kept)
+    assert torch.equal(one.sequences, two.sequences)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_second_turn_brings_another_video(family: Family, config: Any) -> None:
+    """A cache that is shorter already grows by a prompt that is cut too: as one prompt with both."""
+    if not family.stacks_videos:
+        return  # transformers computes M-RoPE of a later video in 5.23 only; see the limits in README
+    with patched(family.model, config, **({"layers.retention": 1.0} if config.layers else {})):
+        both = family.inputs([*PROMPT, "Now:", ("video", "nasa", 8), "And this?"])
+        first_pixels = both["pixel_values_videos"][:1]
+        ids = both["input_ids"]
+        is_video = (ids[0] == family.model.config.video_token_id).nonzero()[:, 0]
+        cut = int(is_video[len(is_video) // 2]) - 2
+        expected = family.logits(both)[:, -1]
+        with torch.inference_mode():
+            cache = family.model(
+                input_ids=ids[:, :cut], pixel_values_videos=first_pixels, use_cache=True
+            ).past_key_values
+            actual = family.model(
+                input_ids=ids[:, cut:], pixel_values_videos=both["pixel_values_videos"][1:], past_key_values=cache
+            ).logits[:, -1]
+    if config.layers is None:
+        assert cache.layers[0].dropped > 0
+    assert cache.get_seq_length() == ids.shape[1]
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_unsupported_caches_are_named(family: Family, config: Any) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, config):
+        with pytest.raises(ValueError, match="static cache|StaticCache"):
+            single_answers(family, inputs, cache_implementation="static", disable_compile=True)
+        cache = StaticCache(config=family.model.config.text_config, max_cache_len=512)
+        with pytest.raises(ValueError, match="StaticCache.*supported: DynamicCache"), torch.inference_mode():
+            family.model(**inputs, past_key_values=cache)
+        offloaded = DynamicCache()
+        offloaded.offloading = True  # its constructor wants a GPU
+        with pytest.raises(ValueError, match="offloaded"), torch.inference_mode():
+            family.model(**inputs, past_key_values=offloaded)
+        single_answers(family, inputs)  # the model still works
+
+
+def test_static_cache_without_reduction(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    options = {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = single_answers(family, inputs, **options)
+    with patched(family.model, "dense"):
+        assert torch.equal(single_answers(family, inputs, **options), expected)
+
+
+def test_cache_of_another_config_is_refused(family: Family) -> None:
+    prompt = family.inputs(PROMPT)
+    with patched(family.model, config_of(("layers", "fastv"), {"layer": 2})):
+        first = family.generate(prompt)
+    with patched(family.model, config_of(("layers", "fastv"), {"layer": 3})):
+        ids = torch.cat([first.sequences, first.sequences[:, -3:]], dim=1)
+        with pytest.raises(ValueError, match="layer 2 by another config"):
+            family.generate(
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=first.past_key_values
+            )
+
+
+def test_logical_layer_crop_and_reset() -> None:
+    layer = LogicalLayer()
+    states = torch.arange(10.0).view(1, 1, 10, 1)
+    layer.update(states[:, :, :6], states[:, :, :6])
+    layer.record(9, None, 6)
+    assert (layer.get_seq_length(), layer.physical_length, layer.get_mask_sizes(2)) == (9, 6, (8, 3))
+    layer.update(states[:, :, 6:9], states[:, :, 6:9])
+    layer.record(3, None, 3)
+    layer.crop(-2)
+    assert (layer.get_seq_length(), layer.physical_length) == (10, 7)
+    with pytest.raises(ValueError, match="only 1 came after"):
+        layer.crop(-2)
+    layer.reset()
+    assert (layer.get_seq_length(), layer.dropped, layer.valid) == (0, 0, None)
+
+
+def test_logical_layer_mask_over_the_original_length() -> None:
+    layer = LogicalLayer()
+    states = torch.zeros(2, 1, 3, 1)
+    layer.update(states, states)
+    layer.record(5, torch.tensor([[False, True, True], [True, True, True]]), 3)
+    mask = layer.attention_mask(None, 1)
+    assert mask is not None and mask.int().tolist() == [[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    layer.batch_select_indices(torch.tensor([1]))
+    assert layer.valid is not None and layer.valid.tolist() == [[True, True, True]]
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """Calls that make the host wait for a device."""
+    names = {"item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "cpu", "numpy", "masked_select"}
+    waits: list[str] = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            boolean = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+            if name in names or boolean:
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        yield waits
+
+
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in COMBINED.items()])
+def test_host_waits_do_not_grow_with_frames(family: Family, config: dict[str, Any]) -> None:
+    counts = []
+    for frames in (4, 8, 16):
+        inputs = family.inputs([("video", "pancake", frames), QUESTION])
+        if "pixel_values_videos" in inputs and not family.stacks_videos:
+            # Same number of tokens per frame, so that only their number changes.
+            assert inputs["video_grid_thw"][0, 0] == max(frames // 2, 1)
+        with counted_waits() as unpatched:
+            family.logits(inputs)
+        with patched(family.model, config), counted_waits() as waits:
+            family.logits(inputs)
+        counts.append(len(waits) - len(unpatched))
+    assert max(counts) <= 24, counts
+    assert counts[1] == counts[2], counts
+
+
+def test_decoding_adds_few_host_waits(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with counted_waits() as unpatched:
+        family.generate(inputs, new=8)
+    short, long = [], []
+    for waits, new in ((short, 8), (long, 16)):
+        with patched(family.model, COMBINED["light"]), counted_waits() as counted:
+            family.generate(inputs, new=new)
+        waits += counted
+    with counted_waits() as unpatched_long:
+        family.generate(inputs, new=16)
+    assert (len(long) - len(short)) <= (len(unpatched_long) - len(unpatched))
+
+
+def test_report_of_a_generation(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, COMBINED["balanced"]):
+        family.generate(inputs)
+        report = last_report(family.model)
+        assert report.prompt_tokens == inputs["input_ids"].shape[1]
+        assert report.text_tokens + report.visual_tokens == report.prompt_tokens
+        frames, tokens, layers = (report.stages[stage] for stage in ("frames", "tokens", "layers"))
+        assert frames.tokens_in > frames.tokens_out == tokens.tokens_in > tokens.tokens_out
+        newlines = report.visual_tokens - frames.tokens_in
+        assert report.visual_kept == tokens.tokens_out + newlines == layers.tokens_in > layers.tokens_out
+        assert report.frames is not None and len(report.frames[0]) == 3
+        assert 0 < report.prefill_flops < report.prefill_flops_dense
+        assert report.prefill_ms > sum(stage.milliseconds for stage in report.stages.values()) > 0
+        assert report.decode_ms > 0 and report.decode_steps == 5 and report.peak_memory_bytes > 0
+        assert report.to_dict()["stages"]["tokens"]["method"] == "divprune"
+    with pytest.raises(ValueError, match="patch_model first"):
+        last_report(family.model)
+    with patched(family.model, "dense"), pytest.raises(ValueError, match="has not run"):
+        last_report(family.model)
+
+
+def test_gathered_logits_keep_their_places(family: Family) -> None:
+    """`logits_to_keep` and plain forwards agree on the rows that callers index."""
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, config_of(("tokens", "evs"), {"retention": 0.3})):
+        everything = family.logits(inputs)
+        assert everything.shape[1] == inputs["input_ids"].shape[1]
+        torch.testing.assert_close(family.logits(inputs, logits_to_keep=3), everything[:, -3:])
+        core = family.model.model(**inputs).last_hidden_state
+        torch.testing.assert_close(family.model.lm_head(core), everything)
+
+
+def test_inputs_embeds_instead_of_ids(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    config = config_of(("tokens", "evs"), {"retention": 0.3})
+    with patched(family.model, config):
+        expected = family.logits(inputs)
+        embeds = family.model.get_input_embeddings()(inputs["input_ids"])
+        if family.stacks_videos:
+            rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+            torch.testing.assert_close(family.logits({**rest, "inputs_embeds": embeds}), expected)
+
+
+def test_nan_features_are_refused(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    broken = {**inputs, "pixel_values_videos": inputs["pixel_values_videos"] * float("nan")}
+    with patched(family.model, config_of(("tokens", "evs"), {})):
+        with pytest.raises(ValueError, match="video features contain NaN"):
+            family.logits(broken)
+        assert torch.isfinite(family.logits(inputs)).all()
+
+
+def own_model(family: Family) -> Any:
+    """A model that a test may leave in any state."""
+    return type(family.model).from_pretrained(family.model.config._name_or_path).eval()
+
+
+def test_accelerate_dispatch(families: dict[str, Family]) -> None:
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    family = families["qwen2_5_vl"]
+    inputs, model = family.inputs(PROMPT), own_model(family)
+    config = config_of(("tokens", "evs"), {"retention": 0.3})
+    with patched(family.model, config):
+        expected = family.logits(inputs)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    with patched(model, config), torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, expected)
+    patch_model(model, config)
+    remove_hook_from_module(model.model.language_model)  # takes our forward away with accelerate's
+    with pytest.raises(UndoError, match="TextModel.forward was replaced after patch_model"):
+        unpatch_model(model)
+
+
+def test_patched_models_are_collected(families: dict[str, Family]) -> None:
+    model = patch_model(own_model(families["llava_onevision"]), COMBINED["light"])
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -1,0 +1,311 @@
+"""The command line: what it prints where, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner, Result
+
+import spatiotoken
+from spatiotoken import answer as answer_module
+from spatiotoken import available, load_config, load_video, patched
+from spatiotoken.answer import answer_video, load_model, resolve_device, resolve_dtype
+from spatiotoken.cli import app
+from spatiotoken.config import config_schema
+from spatiotoken.probe import build_tiny
+
+DATA = Path(__file__).parent / "data"
+PANCAKE = str(DATA / "flipping_a_pancake.mkv")
+SHORT = str(DATA / "video_90.mov")  # 3 frames
+RUN_KEYS = {
+    "answer",
+    "config",
+    "model_type",
+    "tokens",
+    "stages",
+    "prefill_ms",
+    "decode_ms",
+    "peak_memory_bytes",
+    "frames",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def run_json(*args: str) -> dict[str, Any]:
+    result = invoke("run", "--question", "What?", "--json", "--max-new-tokens", "3", *args)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def assert_refused(result: Result, *culprits: str) -> None:
+    assert result.exit_code == 2, (result.stderr, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("spatiotoken: error: ")
+    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    for culprit in culprits:
+        assert culprit in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ list, show, schema
+
+
+def test_list() -> None:
+    assert json.loads(invoke("list", "--json").stdout) == available()
+    table = invoke("list").stdout
+    for name in ("divprune", "retention=0.25", "2503.02175", "balanced", "qwen3_vl", "sliding_vertical"):
+        assert name in table
+
+
+def test_show() -> None:
+    expected = load_config("balanced", **{"tokens.retention": 0.1, "layers": None}).to_dict()
+    args = ("show", "balanced", "--set", "tokens.retention=0.1", "--set", "layers=null")
+    assert yaml.safe_load(invoke(*args).stdout) == expected
+    assert json.loads(invoke(*args, "--json").stdout) == expected
+
+
+def test_show_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("tokens: {method: evs, retention: 0.5}\n")
+    assert json.loads(invoke("show", str(path), "--json").stdout) == load_config(path).to_dict()
+
+
+def test_schema() -> None:
+    assert json.loads(invoke("schema").stdout) == config_schema()
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"spatiotoken {spatiotoken.__version__}\n"
+    assert invoke("--help").exit_code == 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, spatiotoken.cli; print([m for m in ('torch', 'transformers', 'av') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def test_run_json(model: Path) -> None:
+    data = run_json("--model", str(model), "--video", PANCAKE, "--num-frames", "8", "--set", "tokens.retention=0.5")
+    assert data.keys() == RUN_KEYS
+    assert isinstance(data["answer"], str)
+    expected = load_config("balanced", **{"tokens.retention": 0.5}).to_dict()
+    assert data["config"] == {"name": "balanced"} | expected
+    assert data["model_type"] == "qwen2_5_vl"
+    tokens = data["tokens"]
+    assert tokens.keys() == {"prompt", "visual", "visual_kept", "text"}
+    assert tokens["prompt"] == tokens["visual"] + tokens["text"]
+    assert tokens["visual"] == 4 * 32 and tokens["visual_kept"] == 64
+    assert data["stages"].keys() == {"frames", "tokens", "layers"}
+    for stage in data["stages"].values():
+        assert stage.keys() == {"method", "tokens_in", "tokens_out", "milliseconds"}
+    tokens_stage = data["stages"]["tokens"]
+    assert (tokens_stage["method"], tokens_stage["tokens_in"], tokens_stage["tokens_out"]) == ("divprune", 128, 64)
+    assert data["stages"]["layers"]["tokens_out"] == 32
+    assert data["prefill_ms"] > 0 and data["decode_ms"] > 0 and data["peak_memory_bytes"] > 0
+    video = load_video(PANCAKE, num_frames=8)
+    assert data["frames"] == {"indices": list(video.indices), "seconds": video.timestamps.tolist()}
+
+
+def test_run_answers_as_generate_does(model: Path) -> None:
+    data = run_json("--model", str(model), "--video", PANCAKE, "--num-frames", "8", "--config", "dense")
+    loaded, processor = AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    video = load_video(PANCAKE, num_frames=8)
+    content = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    metadata = {"fps": video.metadata.fps, "frames_indices": list(video.indices), "total_num_frames": 310}
+    inputs = processor(
+        text=[prompt], videos=[video.frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    output = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert data["answer"] == text.strip()
+    assert data["stages"] == {} and data["tokens"]["visual_kept"] == data["tokens"]["visual"]
+
+
+def test_run_prints_answer_and_report(model: Path) -> None:
+    result = invoke("run", "--model", str(model), "--video", SHORT, "--question", "What?", "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.stderr
+    assert "tokens: divprune" in result.stdout and "3 frames seen" in result.stdout
+    assert result.stderr == ""
+
+
+def test_frames_stage_narrows_what_is_said_to_be_seen(model: Path) -> None:
+    choice = ("--config", "uniform", "--set", "frames.num_frames=2")
+    data = run_json("--model", str(model), "--video", PANCAKE, "--num-frames", "8", *choice)
+    read = load_video(PANCAKE, num_frames=8).indices
+    # Units of two frames; the middles of two halves of four units are units 1 and 3.
+    assert data["frames"]["indices"] == [read[2], read[3], read[6], read[7]]
+    assert len(data["frames"]["seconds"]) == 4
+
+
+def test_last_unit_of_an_odd_video_has_one_frame(model: Path) -> None:
+    loaded, processor = load_model(model)
+    video = load_video(SHORT)
+    for units, expected in ((1, (2,)), (2, (0, 1, 2))):
+        with patched(loaded, {"frames": {"method": "uniform", "num_frames": units}}):
+            assert answer_video(loaded, processor, video, "What?", max_new_tokens=1).frame_indices == expected
+
+
+def test_llava_units_are_frames(tmp_path: Path) -> None:
+    loaded, processor = load_model(build_tiny("llava_onevision", tmp_path))
+    video = load_video(PANCAKE, num_frames=8)
+    with patched(loaded, {"frames": {"method": "uniform", "num_frames": 2}}):
+        seen = answer_video(loaded, processor, video, "What?", max_new_tokens=1).frame_indices
+    assert seen == (video.indices[2], video.indices[6])
+
+
+def test_half_precision(model: Path) -> None:
+    loaded, processor = load_model(model, dtype=resolve_dtype("bfloat16"), device=resolve_device("cpu"))
+    assert str(loaded.dtype) == "torch.bfloat16"
+    with patched(loaded, "balanced"):
+        assert answer_video(loaded, processor, load_video(SHORT), "What?", max_new_tokens=1).report.visual_kept > 0
+
+
+def test_default_frames(model: Path) -> None:
+    data = run_json("--model", str(model), "--video", PANCAKE, "--config", "dense")
+    assert data["frames"]["indices"] == list(load_video(PANCAKE, num_frames=16).indices)
+
+
+def test_subprocess_without_a_model_prints_one_json_object() -> None:
+    # The console script itself, with the built-in model: the only run here that shares no process with pytest.
+    command = [str(Path(sys.executable).with_name("spatiotoken")), "run", "--video", SHORT, "--question", "What?"]
+    result = subprocess.run([*command, "--max-new-tokens", "2", "--json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout).keys() == RUN_KEYS
+    assert result.stdout.startswith("{") and result.stdout.endswith("}\n")
+    assert "random weights" in result.stderr and "gibberish" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_subprocess_refuses_in_one_line() -> None:
+    command = [sys.executable, "-m", "spatiotoken.cli", "show", "balancd", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "'balancd'" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "culprits"),
+    [
+        (["--config", "balancd"], ["'balancd'", "'balanced'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--set", "tokens.retenton=0.5"], ["tokens.retenton", "retention"]),
+        (["--set", "token.retention=0.5"], ["'token.retention'", "tokens"]),
+        (["--set", "descripton=x"], ["descripton", "description"]),
+        (["--set", "tokens.retention=0"], ["tokens.retention", "0 is not allowed"]),
+        (["--set", "tokens.retention=1.5"], ["tokens.retention", "1.5 is not allowed"]),
+        (["--set", "tokens.method=nonsense"], ["'nonsense'", "divprune"]),
+        (["--set", "tokens.retention"], ["'tokens.retention'", "STAGE.KEY=VALUE"]),
+        (["--set", "=1"], ["'=1'", "STAGE.KEY=VALUE"]),
+        (["--set", "tokens.retention=[1"], ["'[1'", "YAML"]),
+        (["--dtype", "float8"], ["'float8'", "bfloat16"]),
+        (["--device", "tpu"], ["'tpu'", "cuda:N"]),
+        (["--device", "cuda:99"], ["'cuda:99'"]),
+        (["--num-frames", "4"], [SHORT, "4", "3"]),
+        (["--num-frames", "0"], ["--num-frames"]),
+        (["--num-frames", "many"], ["--num-frames"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_bad_option(args: Sequence[str], culprits: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_module, "load_model", None)  # all of these are refused before a model is loaded
+    assert_refused(invoke("run", "--video", SHORT, "--question", "What?", "--json", *args), *culprits)
+
+
+@pytest.fixture
+def bad_video(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    if request.param == "corrupted":
+        return DATA / "corrupted.mp4"
+    if request.param == "directory":
+        return DATA
+    path = tmp_path / f"{request.param}.wav"
+    if request.param == "audio":
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(bytes(16000))
+    return path
+
+
+@pytest.mark.parametrize("bad_video", ["corrupted", "directory", "audio", "missing"], indirect=True)
+def test_bad_video(bad_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_module, "load_model", None)
+    assert_refused(invoke("run", "--video", str(bad_video), "--question", "What?", "--json"), str(bad_video))
+
+
+@pytest.mark.parametrize(
+    "case", ["missing", "no config", "no json", "truncated weights", "unsupported", "no processor"]
+)
+def test_bad_model(case: str, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad"
+    if case != "missing":
+        shutil.copytree(model, path)
+    weights = path / "model.safetensors"
+    if case == "no config":
+        (path / "config.json").unlink()
+    elif case == "no json":
+        (path / "config.json").write_text("{")
+    elif case == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif case == "unsupported":
+        (path / "config.json").write_text('{"model_type": "idefics3"}')
+    elif case == "no processor":
+        (path / "processor_config.json").unlink()
+    result = invoke("run", "--model", str(path), "--video", SHORT, "--question", "What?", "--json")
+    assert_refused(result, str(path), *(["'idefics3'", "qwen2_5_vl"] if case == "unsupported" else []))
+
+
+def test_config_that_does_not_fit_the_model(model: Path) -> None:
+    args = ("--config", "fastv", "--set", "layers.layer=40")
+    assert_refused(invoke("run", "--model", str(model), "--video", SHORT, "--question", "What?", *args), "40")
+
+
+def test_bad_usage() -> None:
+    assert_refused(invoke(), "command")
+    assert_refused(invoke("nonsense"), "nonsense")
+    assert_refused(invoke("run", "--question", "What?"), "--video")
+
+
+def test_bugs_are_not_taken_for_bad_input(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(answer_module, "answer_video", broken)
+    result = invoke("run", "--model", str(model), "--video", SHORT, "--question", "What?")
+    assert isinstance(result.exception, ValueError) and str(result.exception) == "a bug"
+
+
+def test_what_libraries_print_is_not_on_stdout(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chatty(*args: Any, **kwargs: Any) -> Any:
+        print("chatter")
+        return answer_video(*args, **kwargs)
+
+    monkeypatch.setattr(answer_module, "answer_video", chatty)
+    args = ("--model", str(model), "--video", SHORT, "--question", "What?", "--max-new-tokens", "1", "--json")
+    result = invoke("run", *args)
+    assert json.loads(result.stdout).keys() == RUN_KEYS and "chatter" in result.stderr

@@ -1,0 +1,75 @@
+"""The authors' own results, vector by vector.
+
+Vectors of permissively licensed code are copied to ``tests/golden``; the others are read from the workplace's shared
+folder where there is one, and the test that finds none says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spatiotoken.attention.sliding_vertical import column_mass, important_columns
+from spatiotoken.layers.fastv import FastV, fastv_selection
+from spatiotoken.structures import LayerTokens, VideoFeatures
+from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
+from spatiotoken.tokens.evs import EVS
+from tests.conftest import GOLDEN
+
+SHARED = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def cases(method: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    folder = next((folder for folder in (GOLDEN, SHARED) if (folder / f"{method}.json").exists()), None)
+    if folder is None:
+        pytest.skip(f"all vectors of {method} left out: their licence keeps them outside the repository")
+    described = json.loads((folder / f"{method}.json").read_text())["cases"]
+    return [(case["hyper"], load_file(folder / case["file"])) for case in described]
+
+
+def test_divprune() -> None:
+    for hyper, tensors in cases("DivPrune"):
+        features = tensors["in.features"].float()
+        video = VideoFeatures(features.flatten(0, 1), (features.shape[0], 1, features.shape[1]))
+        count = divprune_count(video.num_tokens, hyper["ratio"])
+        assert torch.equal(divprune_order(video.embeddings, count).int(), tensors["out.selected_in_order"])
+        reduced = DivPrune(retention=hyper["ratio"]).reduce(video)
+        assert torch.equal(reduced.source.int(), tensors["out.kept_sorted"])
+
+
+def test_evs() -> None:
+    for hyper, tensors in cases("EVS"):
+        frames, height, width = hyper["video_size_thw"]
+        merge = hyper["spatial_merge_size"]
+        video = VideoFeatures(tensors["in.features"].float().flatten(0, 1), (frames, height // merge, width // merge))
+        reduced = EVS(retention=1 - hyper["q"]).reduce(video)
+        assert torch.equal(reduced.source.int(), tensors["out.kept"])
+        assert torch.equal(reduced.assignment >= 0, tensors["out.retention_mask"])
+
+
+def test_fastv() -> None:
+    for hyper, tensors in cases("FastV"):
+        attention = tensors["in.last_token_attn"]
+        start, stop = hyper["sys_length"], hyper["sys_length"] + hyper["image_len"]
+        visual = attention[:, start:stop]
+        kept = start + fastv_selection(visual, hyper["attention_rank"])
+        text = torch.arange(attention.shape[1])
+        expected = tensors["out.keep_indices"].long()
+        assert torch.equal(torch.cat([text[:start], kept, text[stop:]]), expected)
+        method = FastV(retention=hyper["attention_rank"] / hyper["image_len"])
+        assert torch.equal(start + method.select(LayerTokens(2, hyper["image_len"], visual)), kept)
+
+
+def test_sliding_vertical_columns() -> None:
+    """The vertical lines of MInference, whose first 30 are always kept."""
+    for hyper, tensors in cases("MInference"):
+        query, key = tensors["in.q"].float(), tensors["in.k"].float()
+        mass = column_mass(query[:, :, -hyper["last_q"] :], key, None, query.shape[-1] ** -0.5)
+        columns = important_columns(mass, None, hyper["sink"], hyper["vertical_size"] - hyper["sink"])
+        assert torch.equal(columns[0, 0].int(), tensors["out.vertical_unsorted"].sort().values)

@@ -1,0 +1,252 @@
+"""What always holds, for every method and model family (design, section 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from spatiotoken import last_report, patch_model, patched, unpatch_model
+from spatiotoken.config import PatchConfig, load_config
+from tests.cases import KEEP_ALL, REDUCED, config_of, keep_all_cases, reduced_cases, replayed
+from tests.conftest import QUESTION, Family
+
+PROMPT = [("video", "pancake", 8), QUESTION]
+OTHER = [("video", "vp9", 8), "Which object is on the table?"]
+TOLERANCE = 2e-4
+"""fp32 logits of a few tens, summed in another order."""
+
+
+def closest(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=1e-4)
+
+
+def scores(output: Any) -> torch.Tensor:
+    return torch.stack(output.scores, dim=1)
+
+
+@pytest.mark.parametrize("config", keep_all_cases())
+def test_keep_all_is_identical(family: Family, config: PatchConfig) -> None:
+    inputs = family.inputs([("image", "nasa"), *PROMPT])
+    expected, expected_logits = family.generate(inputs), family.logits(inputs)
+    patch_model(family.model, config)
+    actual = family.generate(inputs)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert torch.equal(scores(actual), scores(expected))
+    assert torch.equal(family.logits(inputs), expected_logits)
+    report = last_report(family.model)
+    assert report.visual_kept == report.visual_tokens > 0
+
+
+def test_empty_config_is_identical(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    expected = family.generate(inputs)
+    with patched(family.model, "dense"):
+        assert torch.equal(scores(family.generate(inputs)), scores(expected))
+        report = last_report(family.model)
+    assert report.stages == {} and report.prefill_flops == report.prefill_flops_dense > 0
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_generate_equals_recomputation(family: Family, config: PatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = family.inputs(PROMPT)
+    patch_model(family.model, config)
+    with replayed(monkeypatch):
+        cached = family.generate(inputs)
+        assert last_report(family.model).decode_steps == 5
+        recomputed = family.generate(inputs, use_cache=False)
+    assert torch.equal(cached.sequences, recomputed.sequences)
+    closest(scores(cached), scores(recomputed))
+    unpatch_model(family.model)
+    assert not torch.allclose(scores(family.generate(inputs))[:, 0], scores(cached)[:, 0], atol=1e-2)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("config", reduced_cases())
+def test_batch_equals_singles(family: Family, config: PatchConfig, padding_side: str) -> None:
+    longer = ("video", "vp9", 8 if family.stacks_videos else 12)
+    samples = [
+        PROMPT,
+        ["Describe", longer, ("video", "nasa", 8), "the scene in detail."],
+        ["How many people are there?"],
+    ]
+    patch_model(family.model, config)
+    batch = family.inputs(*samples, padding_side=padding_side)
+    together = family.logits(batch)
+    kept = last_report(family.model)
+    real = batch["attention_mask"].bool()
+    alone = [family.inputs(sample) for sample in samples]
+    visual = 0
+    for row, single in enumerate(alone):
+        logits = family.logits(single)
+        visual += last_report(family.model).visual_kept
+        # Dropped tokens have zero logits in both; text before, between and after the pictures must agree.
+        closest(together[row][real[row]], logits[0])
+    assert kept.visual_kept == visual
+    if padding_side == "left":
+        answers = family.generate(batch)
+        for row, single in enumerate(alone):
+            answer = family.generate(single)
+            closest(scores(answers)[row], scores(answer)[0])
+            assert torch.equal(answers.sequences[row, -6:], answer.sequences[0, -6:])
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_unpatch_restores(family: Family, config: PatchConfig) -> None:
+    inputs = family.inputs(PROMPT)
+    expected = family.generate(inputs)
+    before = snapshot(family.model)
+    patch_model(family.model, config)
+    family.generate(inputs)
+    patch_model(family.model, config)  # patching twice replaces
+    family.generate(inputs)
+    assert snapshot(family.model) != before
+    unpatch_model(family.model)
+    assert snapshot(family.model) == before
+    assert torch.equal(scores(family.generate(inputs)), scores(expected))
+    unpatch_model(family.model)
+    assert snapshot(family.model) == before
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, Any]:
+    """Every attribute, hook and config value, by identity where that is what matters."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key != "rope_deltas":  # transformers writes it in every prefill
+                state[f"{name}.{key}"] = dict(value) if isinstance(value, dict) else id(value)
+        config = getattr(module, "config", None)
+        if config is not None:
+            state[f"{name}.config"] = sorted(map(str, config.__dict__.items()))
+    return state
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_text_only_is_untouched(family: Family, config: PatchConfig) -> None:
+    if config.attention:
+        # Sparse prefill is about long prompts of any kind, so only short ones are untouched.
+        config = load_config(config, **{"attention.window": 1024})
+    inputs = family.inputs(["How many people are there in the room?"], ["What is this?"])
+    expected, expected_logits = family.generate(inputs), family.logits(inputs)
+    with patched(family.model, config):
+        actual = family.generate(inputs)
+        assert torch.equal(scores(actual), scores(expected))
+        assert torch.equal(family.logits(inputs), expected_logits)
+        assert last_report(family.model).visual_tokens == 0
+        assert type(actual.past_key_values) is DynamicCache
+        assert type(actual.past_key_values.layers[0]).__name__ == "DynamicLayer"
+
+
+@pytest.mark.parametrize("key", [key for key in REDUCED if key[0] in ("tokens", "layers")], ids="-".join)
+def test_images_only_when_asked(family: Family, key: tuple[str, str]) -> None:
+    image_only = family.inputs([("image", "nasa"), "What is this?"])
+    mixed = family.inputs([("image", "nasa"), *PROMPT])
+    expected = family.logits(image_only)
+    with patched(family.model, config_of(key, REDUCED[key])):
+        assert torch.equal(family.logits(image_only), expected)
+        family.logits(mixed)
+        videos_only = last_report(family.model)
+    with patched(family.model, config_of(key, REDUCED[key], images=True)):
+        actual = family.logits(image_only)
+        report = last_report(family.model)
+        if key != ("tokens", "evs"):  # a still picture is all first frame
+            assert not torch.allclose(actual, expected)
+            stage = report.stages[key[0]]
+            assert stage.tokens_out < stage.tokens_in <= report.visual_tokens
+        family.logits(mixed)
+        both = last_report(family.model)
+    assert videos_only.visual_tokens == both.visual_tokens
+    assert both.stages[key[0]].tokens_in > videos_only.stages[key[0]].tokens_in
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_mixed_prompt(family: Family, config: PatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = family.inputs(["Look:", ("image", "nasa"), ("video", "pancake", 8), "then", ("video", "vp9", 8), QUESTION])
+    patch_model(family.model, load_config(config, images=True))
+    with replayed(monkeypatch):
+        cached = family.generate(inputs)
+        closest(scores(cached), scores(family.generate(inputs, use_cache=False)))
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_interleaved_conversations(family: Family, config: PatchConfig) -> None:
+    """Two conversations in turns on one model, each as if it were alone, each answer as if computed afresh."""
+    prompts = [family.inputs(PROMPT), family.inputs(["Hello.", ("video", "nasa", 4), "Is it moving?"])]
+    second = family.processor.tokenizer(" And then? Answer with one word.", return_tensors="pt").input_ids
+    patch_model(family.model, config)
+
+    def turn(history: torch.Tensor, cache: Any) -> Any:
+        ids = torch.cat([history, second], dim=1)
+        return family.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+
+    alone = []
+    for prompt in prompts:
+        first = family.generate(prompt)
+        alone.append((first, turn(first.sequences, first.past_key_values)))
+    firsts = [family.generate(prompt) for prompt in prompts]
+    for (expected_first, expected), first in zip(alone, firsts, strict=True):
+        assert torch.equal(first.sequences, expected_first.sequences)
+        actual = turn(first.sequences, first.past_key_values)
+        assert torch.equal(scores(actual), scores(expected))
+        assert actual.past_key_values.get_seq_length() == actual.sequences.shape[1] - 1
+
+
+# Without sparse prefill, which treats the rows of a second turn as prompt; interleaved conversations cover that.
+@pytest.mark.parametrize("config", [case for case in reduced_cases() if case.values[0].attention is None])
+def test_second_turn_equals_recomputation(family: Family, config: PatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A short clip: once temporal positions exceed those of the text, unpatched Qwen2.5-VL itself goes on elsewhere than
+    # a recomputation would (its position offset counts them).
+    prompt = family.inputs(OTHER)
+    patch_model(family.model, config)
+    with replayed(monkeypatch):
+        first = family.generate(prompt)
+        more = family.processor.tokenizer(" And then? Answer with one word.", return_tensors="pt").input_ids
+        ids = torch.cat([first.sequences, more], dim=1)
+        whole = {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in prompt:
+            types = prompt["mm_token_type_ids"]
+            whole["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, ids.shape[1] - types.shape[1])], dim=1)
+        afresh = family.generate(whole)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        continued = family.generate(text, past_key_values=first.past_key_values)
+    assert torch.equal(continued.sequences, afresh.sequences)
+    closest(scores(continued), scores(afresh))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", reduced_cases())
+def test_half_precision(family: Family, config: PatchConfig, dtype: torch.dtype) -> None:
+    inputs = family.inputs(PROMPT)
+    family.model.to(dtype)
+    try:
+        expected = family.logits(inputs)
+        for key, settings in KEEP_ALL.items():
+            if getattr(config, key[0]) is not None and getattr(config, key[0]).name == key[1]:
+                with patched(family.model, config_of(key, settings)):
+                    assert torch.equal(family.logits(inputs), expected)
+        with patched(family.model, config):
+            logits = family.logits(inputs)
+            assert logits.dtype == dtype and torch.isfinite(logits).all()
+            assert family.generate(inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + 6
+    finally:
+        # The weights were drawn in float32; casting back would keep the rounding, so they are loaded again.
+        reloaded = type(family.model).from_pretrained(family.model.config._name_or_path)
+        family.model.to(torch.float32).load_state_dict(reloaded.state_dict())
+
+
+@pytest.mark.parametrize("config", reduced_cases())
+def test_eager_equals_sdpa(family: Family, config: PatchConfig) -> None:
+    inputs = family.inputs(PROMPT, ["Describe", ("video", "nasa", 8), "the scene."])
+    with patched(family.model, config):
+        expected = family.generate(inputs)
+    family.model.set_attn_implementation("eager")
+    try:
+        with patched(family.model, config):
+            actual = family.generate(inputs)
+        assert family.model.config._attn_implementation == "eager"
+    finally:
+        family.model.set_attn_implementation("sdpa")
+    assert torch.equal(actual.sequences, expected.sequences)
+    closest(scores(actual), scores(expected))

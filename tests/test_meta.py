@@ -1,0 +1,56 @@
+"""Nothing is registered without a preset, a row in the method table, and a line in README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spatiotoken.catalog import available
+from spatiotoken.config import presets
+from spatiotoken.patches.adapter import ADAPTERS
+from spatiotoken.probe import TINY_MODEL_TYPES
+from spatiotoken.registry import METHODS, STAGES
+from tests.cases import KEEP_ALL, REDUCED
+
+ROOT = Path(__file__).parents[1]
+EVERY = [(stage, name) for stage in STAGES for name in METHODS[stage].items()]
+
+
+@pytest.mark.parametrize(("stage", "name"), EVERY)
+def test_every_method(stage: str, name: str) -> None:
+    method = METHODS[stage].get(name)
+    assert presets()[name].methods()[stage].name == name, "needs a preset of its own name"
+    assert (stage, name) in KEEP_ALL and (stage, name) in REDUCED, "needs a row in tests/cases.py"
+    assert f"| `{name}` | {stage} |" in readme(), "needs a line in README"
+    assert method.__module__ == f"spatiotoken.{stage}.{name}", "one method, one file"
+    assert method.summary() and len(Path(ROOT, "spatiotoken", stage, f"{name}.py").read_text().splitlines()) <= 150
+    assert all(field.description for field in method.model_fields.values()), "parameters are described"
+    if method.paper:
+        assert re.fullmatch(r"\d{4}\.\d{5}", method.paper) and method.paper in (method.__doc__ or "")
+
+
+def test_no_row_without_a_method() -> None:
+    assert set(KEEP_ALL) == set(REDUCED) == set(EVERY)
+
+
+@pytest.mark.parametrize("model_type", ADAPTERS.items())
+def test_every_model(model_type: str) -> None:
+    assert model_type in TINY_MODEL_TYPES, "needs a tiny model to be tested with"
+    assert f"`{model_type}`" in readme(), "needs a line in README"
+
+
+def test_readme_tables_are_current() -> None:
+    """The lines that README has of methods and presets are those that the library itself gives."""
+    listed = available()
+    for stage, methods in listed["methods"].items():
+        for method in methods:
+            paper = f"[{method['paper']}](https://arxiv.org/abs/{method['paper']})" if method["paper"] else "–"
+            assert f"| `{method['name']}` | {stage} | {method['summary'].replace('``', '`')} | {paper} |" in readme()
+    for config in listed["configs"]:
+        assert f"| `{config['name']}` | {config['description']} |" in readme()
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,236 @@
+"""Every method by itself: counts, order, hand-made examples, determinism, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from spatiotoken.attention.sliding_vertical import SlidingVertical
+from spatiotoken.frames.kmeans import KMeans, kmeans_keyframes
+from spatiotoken.frames.uniform import Uniform, uniform_indices
+from spatiotoken.layers.fastv import FastV, fastv_count
+from spatiotoken.registry import METHODS
+from spatiotoken.structures import FrameChoice, Frames, LayerTokens, ReducedTokens, VideoFeatures
+from spatiotoken.tokens import TokenReducer
+from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
+from spatiotoken.tokens.downsample import Downsample, downsample_count, mean_by_assignment, pooled_grid
+from spatiotoken.tokens.evs import EVS, evs_count, evs_mask
+from spatiotoken.tokens.random import Random, random_count, random_selection
+
+GRIDS = [(1, 1, 1), (1, 5, 3), (4, 7, 7), (6, 8, 15), (3, 1, 9)]
+RETENTIONS = [0.01, 0.1, 0.25, 0.333, 0.5, 0.9, 1.0]
+
+
+def video(grid: tuple[int, int, int], dim: int = 16, seed: int = 0) -> VideoFeatures:
+    tokens = grid[0] * grid[1] * grid[2]
+    return VideoFeatures(torch.randn(tokens, dim, generator=torch.Generator().manual_seed(seed)), grid)
+
+
+def reducers(retention: float) -> list[TokenReducer]:
+    return [method(retention=retention) for method in METHODS["tokens"].items().values()]
+
+
+def count(method: TokenReducer, grid: tuple[int, int, int], retention: float) -> int:
+    tokens = grid[0] * grid[1] * grid[2]
+    return {
+        "random": random_count(tokens, retention),
+        "divprune": divprune_count(tokens, retention),
+        "downsample": downsample_count(grid, retention),
+        "evs": evs_count(grid, retention),
+    }[method.name]
+
+
+@pytest.mark.parametrize("retention", RETENTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_token_reducers(grid: tuple[int, int, int], retention: float) -> None:
+    clip = video(grid)
+    for method in reducers(retention):
+        reduced = method.reduce(clip)
+        kept = reduced.source.shape[0]
+        assert kept == count(method, grid, retention) >= 1
+        assert reduced.embeddings.shape == (kept, 16) and reduced.assignment.shape == (clip.num_tokens,)
+        assert (reduced.source.diff() > 0).all() and reduced.source[-1] < clip.num_tokens
+        # Each survivor is at least made of the token whose place it takes.
+        assert torch.equal(reduced.assignment[reduced.source], torch.arange(kept))
+        expected = mean_by_assignment(clip.embeddings, reduced.assignment, kept)
+        torch.testing.assert_close(reduced.embeddings, expected)
+        again = method.reduce(clip)
+        assert torch.equal(again.source, reduced.source) and torch.equal(again.embeddings, reduced.embeddings)
+        if retention == 1.0:
+            assert torch.equal(reduced.embeddings, clip.embeddings)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("retention", RETENTIONS)
+def test_budget_is_never_exceeded(grid: tuple[int, int, int], retention: float) -> None:
+    frames, height, width = grid
+    tokens = frames * height * width
+    assert downsample_count(grid, retention) <= max(frames, tokens * retention)
+    assert evs_count(grid, retention) <= max(height * width, tokens * retention)
+    assert abs(random_count(tokens, retention) - max(1, tokens * retention)) <= 0.5
+    assert abs(divprune_count(tokens, retention) - max(1, tokens * retention)) <= 0.5
+    assert fastv_count(tokens, retention) <= max(1, tokens * retention)
+
+
+def test_random_is_uniform_and_seeded() -> None:
+    hits = sum(torch.bincount(random_selection(20, 5, seed), minlength=20) for seed in range(400))
+    assert hits.sum() == 2000 and 60 < hits.min() and hits.max() < 145  # 100 expected, sigma 8.7
+    assert not torch.equal(Random(seed=1).reduce(video((4, 7, 7))).source, Random().reduce(video((4, 7, 7))).source)
+
+
+def test_downsample_averages_cells() -> None:
+    values = torch.arange(16.0).view(16, 1)
+    reduced = Downsample(retention=0.25).reduce(VideoFeatures(values, (1, 4, 4)))
+    assert reduced.embeddings[:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert reduced.source.tolist() == [0, 2, 8, 10]
+    assert reduced.assignment.view(4, 4)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_downsample_keeps_the_shape_of_the_picture() -> None:
+    assert pooled_grid(8, 16, 0.25) == (4, 8)
+    assert pooled_grid(9, 9, 1.0) == (9, 9)
+    assert pooled_grid(1, 9, 0.5) == (1, 4)
+
+
+def test_mean_by_assignment() -> None:
+    values = torch.tensor([[1.0], [3.0], [10.0], [7.0]])
+    merged = mean_by_assignment(values, torch.tensor([0, 0, -1, 2]), 3)
+    assert merged[:, 0].tolist() == [2.0, 0.0, 7.0]
+    exact = torch.randn(5, 4).half()
+    assert torch.equal(mean_by_assignment(exact, torch.arange(5), 5), exact)
+
+
+def test_divprune_prefers_what_is_different() -> None:
+    east, north, west = torch.eye(2)[0], torch.eye(2)[1], -torch.eye(2)[0]
+    crowd = torch.stack([east, east, east, north, west])
+    assert set(divprune_order(crowd, 3).tolist()) == {0, 3, 4}
+
+
+def test_divprune_never_picks_twice() -> None:
+    same = torch.ones(6, 4)
+    assert divprune_order(same, 6).sort().values.tolist() == list(range(6))
+    assert DivPrune(retention=0.5).reduce(VideoFeatures(same, (1, 2, 3))).source.tolist() == [0, 1, 2]
+
+
+def test_evs_keeps_the_first_frame_and_what_changes() -> None:
+    frame = torch.randn(6, 8)
+    clip = torch.stack([frame, frame.clone(), frame.clone()])
+    clip[1, 4] += 1.0  # appears in frame 1 and is gone in frame 2
+    features = clip.flatten(0, 1)
+    mask = evs_mask(features, (3, 2, 3), 8)
+    assert mask.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6 + 4, 12 + 4]
+    assert int(mask.sum()) == 8
+    assert EVS(retention=0.01).reduce(VideoFeatures(features, (3, 2, 3))).source.tolist() == list(range(6))
+
+
+def test_fastv_ranks_by_head_mean() -> None:
+    attention = torch.tensor([[0.1, 0.5, 0.1, 0.3], [0.5, 0.0, 0.1, 0.4]])
+    assert FastV(retention=0.5).select(LayerTokens(2, 4, attention)).tolist() == [0, 3]
+    assert FastV(retention=1.0).select(LayerTokens(2, 4, attention)).tolist() == [0, 1, 2, 3]
+    tied = torch.ones(2, 5)
+    assert FastV(retention=0.4).select(LayerTokens(2, 5, tied)).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="28"):
+        FastV(layer=28).prune_layers(28)
+
+
+def test_uniform_indices() -> None:
+    assert uniform_indices(10, 5) == (1, 3, 5, 7, 9)
+    assert uniform_indices(3, 8) == (0, 1, 2)
+    assert uniform_indices(7, 1) == (3,)
+    frames = Frames(torch.zeros(9, 2), torch.arange(9.0))
+    assert Uniform(num_frames=3).select(frames) == FrameChoice((1, 4, 7))
+
+
+def test_kmeans_finds_the_scenes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scenes = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]).repeat_interleave(torch.tensor([6, 3, 5]), dim=0)
+    features = scenes + 0.1 * torch.randn(14, 2, generator=generator)
+    chosen = kmeans_keyframes(features, 3, 10)
+    assert [bool(low <= index < high) for index, low, high in zip(chosen, (0, 6, 9), (6, 9, 14), strict=True)] == [
+        True
+    ] * 3
+    for index, members in zip(chosen, (features[:6], features[6:9], features[9:]), strict=True):
+        nearest = (features - members.mean(dim=0)).norm(dim=1).argmin()
+        assert index == nearest
+    assert torch.equal(kmeans_keyframes(features, 3, 10), chosen)
+
+
+def test_kmeans_gives_as_many_as_asked_of_a_still_picture() -> None:
+    still = Frames(torch.ones(9, 4), torch.arange(9.0))
+    assert len(KMeans(num_frames=4).select(still).indices) == 4
+    assert KMeans(num_frames=9).select(still).indices == tuple(range(9))
+
+
+@pytest.mark.parametrize("queries", [40, 17])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_sliding_vertical_equals_a_dense_mask(queries: int, block: int) -> None:
+    keys, heads, groups, dim = 40, 4, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, heads, queries, dim, generator=generator)
+    key, value = (torch.randn(2, heads // groups, keys, dim, generator=generator) for _ in range(2))
+    valid = torch.ones(2, keys, dtype=torch.bool)
+    valid[1, :5] = False
+    method = SlidingVertical(sink=2, window=4, columns=3, last_queries=6, block=block)
+    assert not method.is_dense(queries, keys) and method.is_dense(4, 4) and method.is_dense(5, 5)
+    actual = method.attend(query, key, value, valid, dim**-0.5)
+
+    position = torch.arange(keys)
+    rows = position[keys - queries :, None]
+    causal = (position <= rows)[None] & valid[:, None]
+    wide = key.repeat_interleave(groups, dim=1).double()
+    logits = (query.double() @ wide.transpose(-1, -2)) * dim**-0.5
+    last = logits[:, :, -6:].masked_fill(~causal[:, None, -6:], -torch.inf).softmax(dim=-1).sum(dim=2)
+    allowed = torch.zeros(2, heads, keys, dtype=torch.bool)
+    for sample, first in enumerate((0, 5)):
+        for head in range(heads):
+            mass = last[sample, head].clone()
+            mass[:first] = -1
+            mass[first : first + 2] = torch.inf
+            allowed[sample, head, mass.topk(5).indices] = True
+    pattern = causal[:, None] & ((position > rows - 4)[None, None] | allowed[:, :, None])
+    weights = logits.masked_fill(~pattern, -torch.inf).softmax(dim=-1).nan_to_num()
+    expected = weights @ value.repeat_interleave(groups, dim=1).double()
+    real = valid[:, keys - queries :]
+    for sample in range(2):
+        torch.testing.assert_close(
+            actual[sample][:, real[sample]].double(), expected[sample][:, real[sample]], atol=1e-5, rtol=1e-5
+        )
+    assert torch.isfinite(actual).all()
+
+
+def test_sliding_vertical_holds_no_square_tensor() -> None:
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    length = 4096
+    query, key = torch.randn(1, 2, length, 8), torch.randn(1, 1, length, 8)
+    with Watch():
+        SlidingVertical(sink=4, window=64, columns=60).attend(query, key, key, None, 1.0)
+    assert max(sizes) < length * length // 16
+
+
+def test_bad_values_are_refused() -> None:
+    for method in METHODS["tokens"].items().values():
+        for retention in (0, -0.1, 1.5, float("nan"), "a lot"):
+            with pytest.raises(ValidationError):
+                method(retention=retention)
+        with pytest.raises(ValidationError):
+            method(retentoin=0.5)
+    with pytest.raises(ValueError, match="grid"):
+        VideoFeatures(torch.zeros(5, 2), (1, 2, 3))
+    with pytest.raises(ValueError, match="grid"):
+        VideoFeatures(torch.zeros(0, 2), (0, 2, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        ReducedTokens(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="increasing"):
+        FrameChoice((2, 2))
+    with pytest.raises(ValueError, match="increasing"):
+        FrameChoice(())
+    with pytest.raises(ValueError, match="T >= 1"):
+        Frames(torch.zeros(0, 3), torch.zeros(0))
