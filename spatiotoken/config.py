@@ -76,7 +76,7 @@ def build_method(stage: str, settings: Mapping[str, Any]) -> Method:
         raise ConfigError(_one_line(error, method, f"{stage}.")) from None
 
 
-def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> PatchConfig:
+def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any) -> PatchConfig:
     """A checked config from a preset's name, a YAML path, a dict or a config.
 
     Args:

@@ -33,7 +33,7 @@ _HANDLE = "_spatiotoken"
 _ENCODING: ContextVar[bool] = ContextVar("spatiotoken_encoding", default=False)
 
 
-def patch_model(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> ModelT:
+def patch_model(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any) -> ModelT:
     """Make a model's inference cheaper, in place; the API of the model stays as it is.
 
     Args:
@@ -68,7 +68,9 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 
 @contextmanager
-def patched(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, **overrides: Any) -> Iterator[ModelT]:
+def patched(
+    model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any
+) -> Iterator[ModelT]:
     """Patch a model within a ``with`` block."""
     patch_model(model, config, **overrides)
     try:

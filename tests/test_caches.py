@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from spatiotoken import last_report, patch_model, patched, unpatch_model
@@ -186,20 +187,42 @@ def test_logical_layer_mask_over_the_original_length() -> None:
 
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """Calls that make the host wait for a device."""
-    names = {"item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "cpu", "numpy", "masked_select"}
+    """Operations that make the host wait for a GPU: reading values, and results whose size depends on values."""
     waits: list[str] = []
+    reading = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"}
 
-    class Count(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "")
-            boolean = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
-            if name in names or boolean:
+    class CountOperations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func)
+            by_mask = name.startswith("aten.index") and any(
+                isinstance(index, Tensor) and index.dtype == torch.bool
+                for index in (args[1] if isinstance(args[1], list | tuple) else ())
+            )
+            if name in reading or by_mask or name.startswith("aten.bincount"):
                 waits.append(name)
             return func(*args, **(kwargs or {}))
 
-    with Count():
+    class CountCopies(TorchFunctionMode):  # which do nothing on a CPU, so no operation is seen
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in {"tolist", "cpu", "numpy"}:
+                waits.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with CountOperations(), CountCopies():
         yield waits
+
+
+def test_waits_are_counted() -> None:
+    values = torch.arange(4)
+    with counted_waits() as waits:
+        assert values[torch.tensor(2)].item() == 2  # an index that is a bare tensor is read
+        values[values > 1]
+        values.tolist()
+        values.nonzero()
+        torch.bincount(values)
+        bool((values > 0).all())
+        values.sum() + values[1:].max()
+    assert len(waits) == 7, waits
 
 
 @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in COMBINED.items()])

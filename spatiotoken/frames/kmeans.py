@@ -21,29 +21,30 @@ def kmeans_keyframes(features: Tensor, count: int, iterations: int) -> Tensor:
     """
     points = features.float()
     centres = points[_farthest_points(points, count)]
+    ones = points.new_ones(points.shape[0], 1)
     for _ in range(iterations):
         nearest = torch.cdist(points, centres).argmin(dim=1)
         total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        members = torch.bincount(nearest, minlength=count)[:, None]
+        members = ones.new_zeros(count, 1).index_add_(0, nearest, ones)
         centres = torch.where(members > 0, total / members.clamp(min=1), centres)
     distance = torch.cdist(points, centres)
-    keyframes = torch.empty(count, dtype=torch.int64, device=points.device)
+    keyframes = []
     for cluster in range(count):
-        keyframes[cluster] = distance[:, cluster].argmin()
+        keyframes.append(distance[:, cluster].argmin(0, keepdim=True))
         # A frame stands for one cluster only, even where two centres coincide.
-        distance[keyframes[cluster]] = torch.inf
-    return keyframes.sort().values
+        distance.index_fill_(0, keyframes[-1], torch.inf)
+    return torch.cat(keyframes).sort().values
 
 
 def _farthest_points(points: Tensor, count: int) -> Tensor:
-    order = torch.empty(count, dtype=torch.int64, device=points.device)
-    order[0] = (points - points.mean(dim=0)).norm(dim=1).argmin()
+    # Indices stay tensors of one element: a bare one would make the host wait for the device each time.
+    order = [(points - points.mean(dim=0)).norm(dim=1).argmin(0, keepdim=True)]
     distance = points.new_full((points.shape[0],), torch.inf)
-    for step in range(1, count):
-        distance = torch.minimum(distance, (points - points[order[step - 1]]).norm(dim=1))
-        distance[order[step - 1]] = -torch.inf
-        order[step] = distance.argmax()
-    return order
+    while len(order) < count:
+        distance = torch.minimum(distance, (points - points.index_select(0, order[-1])).norm(dim=1))
+        distance.index_fill_(0, order[-1], -torch.inf)
+        order.append(distance.argmax(0, keepdim=True))
+    return torch.cat(order)
 
 
 class KMeans(FrameSelector, name="kmeans"):

@@ -26,17 +26,15 @@ def divprune_order(embeddings: Tensor, count: int) -> Tensor:
     ``O(N)`` where the authors hold ``N x N``.
     """
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    pick = _nearest_neighbour_distance(unit).argmax()
-    order = torch.empty(count, dtype=torch.int64, device=embeddings.device)
+    # Picks stay tensors of one element: indexing with a bare one would make the host wait for the device each time.
+    picks = [_nearest_neighbour_distance(unit).argmax(0, keepdim=True)]
     to_picked = unit.new_full((unit.shape[0],), torch.inf)
-    for step in range(count):
-        if step:
-            pick = to_picked.argmax()
-        order[step] = pick
-        to_picked = torch.minimum(to_picked, 1 - unit @ unit[pick])
+    while len(picks) < count:
+        to_picked = torch.minimum(to_picked, 1 - unit @ unit.index_select(0, picks[-1])[0])
         # Below every real distance: duplicates at distance 0 must not make a token be picked twice.
-        to_picked[pick] = -torch.inf
-    return order
+        to_picked.index_fill_(0, picks[-1], -torch.inf)
+        picks.append(to_picked.argmax(0, keepdim=True))
+    return torch.cat(picks)
 
 
 def _nearest_neighbour_distance(unit: Tensor) -> Tensor:

@@ -70,5 +70,5 @@ def mean_by_assignment(values: Tensor, assignment: Tensor, count: int) -> Tensor
     bucket = torch.where(assignment < 0, count, assignment)
     total = values.new_zeros(count + 1, values.shape[1], dtype=torch.float32)
     total.index_add_(0, bucket, values.float())
-    members = torch.bincount(bucket, minlength=count + 1).clamp(min=1)
-    return (total / members[:, None])[:count].to(values.dtype)
+    members = total.new_zeros(count + 1).index_add_(0, bucket, total.new_ones(bucket.shape[0]))
+    return (total / members.clamp(min=1)[:, None])[:count].to(values.dtype)

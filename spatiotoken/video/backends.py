@@ -52,17 +52,22 @@ def open_reader(path: str | os.PathLike[str], backend: str) -> VideoReader:
 def _open_auto(path: str) -> VideoReader:
     failures: list[VideoReadError] = []
     missing: list[BackendUnavailableError] = []
-    for name, reader in _READERS.items():
-        if name == "decord" and failures:
-            break  # exact readers are there and could not read the file: decord is no remedy
-        try:
-            return reader(path)
-        except BackendUnavailableError as error:
-            missing.append(error)
-        except VideoReadError as error:
-            logger.debug("not reading with %s: %s", name, error)
-            failures.append(error)
-    if failures:
-        # The last reader tried is the least restricted one, so its reason says most about the file.
-        raise failures[-1]
-    raise BackendUnavailableError("no video backend can be loaded: " + "; ".join(map(str, missing)))
+    try:
+        for name, reader in _READERS.items():
+            if name == "decord" and failures:
+                break  # exact readers are there and could not read the file: decord is no remedy
+            try:
+                return reader(path)
+            except BackendUnavailableError as error:
+                missing.append(error)
+            except VideoReadError as error:
+                logger.debug("not reading with %s: %s", name, error)
+                failures.append(error)
+        if failures:
+            # The last reader tried is the least restricted one, so its reason says most about the file.
+            raise failures[-1]
+        raise BackendUnavailableError("no video backend can be loaded: " + "; ".join(map(str, missing)))
+    finally:
+        # Kept errors hold this frame and with it themselves, so files would stay open until a garbage collection.
+        failures.clear()
+        missing.clear()

@@ -300,6 +300,7 @@ def test_file_is_closed_after_use_and_after_errors(backend, clips, data):
         assert still_open(good)
     load_video(good, backend=backend)
     assert not still_open(good)
-    with pytest.raises(VideoReadError):
-        load_video(bad, backend=backend)
-    assert not still_open(bad)
+    for name in (backend, "auto"):
+        with pytest.raises(VideoReadError):
+            load_video(bad, backend=name)
+        assert not still_open(bad)
