@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class Family:
     model: PreTrainedModel
     processor: Any
     clips: dict[str, Video]
+
+    def fresh(self) -> Family:
+        """The same family with a model of its own, which a test may leave in any state."""
+        model = AutoModelForImageTextToText.from_pretrained(self.model.config._name_or_path).eval()
+        return replace(self, model=model)
 
     @property
     def stacks_videos(self) -> bool:

@@ -309,17 +309,12 @@ def test_nan_features_are_refused(family: Family) -> None:
         assert torch.isfinite(family.logits(inputs)).all()
 
 
-def own_model(family: Family) -> Any:
-    """A model that a test may leave in any state."""
-    return type(family.model).from_pretrained(family.model.config._name_or_path).eval()
-
-
 def test_accelerate_dispatch(families: dict[str, Family]) -> None:
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_module
 
     family = families["qwen2_5_vl"]
-    inputs, model = family.inputs(PROMPT), own_model(family)
+    inputs, model = family.inputs(PROMPT), family.fresh().model
     config = config_of(("tokens", "evs"), {"retention": 0.3})
     with patched(family.model, config):
         expected = family.logits(inputs)
@@ -333,7 +328,7 @@ def test_accelerate_dispatch(families: dict[str, Family]) -> None:
 
 
 def test_patched_models_are_collected(families: dict[str, Family]) -> None:
-    model = patch_model(own_model(families["llava_onevision"]), COMBINED["light"])
+    model = patch_model(families["llava_onevision"].fresh().model, COMBINED["light"])
     alive = weakref.ref(model)
     del model
     gc.collect()
