@@ -25,7 +25,7 @@ class QwenVL(ModelAdapter):
         pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
         channels = core.config.vision_config.in_channels
         # The mean colour of each patch: a patch row holds its channels one after the other.
-        colours = pixels.float().view(pixels.shape[0], channels, -1).mean(dim=-1)
+        colours = pixels.view(pixels.shape[0], channels, -1).mean(dim=-1, dtype=torch.float32)
         videos = colours.split([t * h * w for t, h, w in grids])
         return [video.reshape(grid[0], -1) for video, grid in zip(videos, grids, strict=True)]
 

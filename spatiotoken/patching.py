@@ -112,6 +112,10 @@ class _Patch:
         # Kinds that `generate` had encoded before its first forward; they belong to the report of that forward.
         self.encoded_ahead: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # The wrapped methods of a copy would run the original.
+        raise RuntimeError("a patched model cannot be copied: copy the unpatched model and patch both")
+
     def apply(self) -> None:
         """Attach everything; if that fails half-way, nothing stays."""
         config, sequence = self.config, self.sequence
@@ -179,7 +183,7 @@ class _Patch:
     def _pass(self, arguments: dict[str, Any], tail: int | None) -> Iterator[Forward]:
         """The state of the pass at hand: that of the model's forward, or a new one if its core was called directly."""
         active = ACTIVE.get()
-        if active is not None and active.recorder is self.recorder:
+        if active is not None and active.owner is self:
             yield active
             return
         cache = arguments.get("past_key_values")
@@ -188,7 +192,7 @@ class _Patch:
             self.recorder = self._new_recorder()
         self.encoded_ahead = set()
         self.recorder.decode_steps += not prefill
-        forward = Forward(self.recorder, tail)
+        forward = Forward(self, self.recorder, tail)
         token = ACTIVE.set(forward)
         try:
             with self.recorder.span("prefill" if prefill else "decode"):
@@ -247,7 +251,7 @@ class _Patch:
     def _recorder_for(self, kind: str) -> tuple[Recorder, AbstractContextManager[None]]:
         """Where to note an encoding: within a forward its recorder; ahead of one, that of the forward to come."""
         forward = ACTIVE.get()
-        if forward is not None and forward.recorder is self.recorder:
+        if forward is not None and forward.owner is self:
             return forward.recorder, nullcontext()
         if self.recorder is None or not self.encoded_ahead or kind in self.encoded_ahead:
             self.recorder, self.encoded_ahead = self._new_recorder(), set()

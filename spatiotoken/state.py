@@ -17,6 +17,7 @@ class Forward:
     """What the wrapped parts of a model tell each other during one pass.
 
     Attributes:
+        owner: the patch of the model that runs; another patched model may run within its pass.
         recorder: collects the report.
         tail: how many of the last output rows the caller reads; None for all of them.
         visual: ``[B, K]`` True at visual tokens that may be dropped; None if the pass brings no new pictures.
@@ -29,6 +30,7 @@ class Forward:
         scored: input and position embeddings of the layer whose attention ranks the tokens.
     """
 
+    owner: object
     recorder: Recorder
     tail: int | None = None
     visual: Tensor | None = None

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -325,6 +326,42 @@ def test_accelerate_dispatch(families: dict[str, Family]) -> None:
     remove_hook_from_module(model.model.language_model)  # takes our forward away with accelerate's
     with pytest.raises(UndoError, match="TextModel.forward was replaced after patch_model"):
         unpatch_model(model)
+
+
+def test_copies_of_patched_models_are_refused(families: dict[str, Family]) -> None:
+    model = families["qwen2_vl"].model
+    with patched(model, "evs"), pytest.raises(RuntimeError, match="copy the unpatched model"):
+        copy.deepcopy(model)
+    assert copy.deepcopy(model).__dict__.keys() == model.__dict__.keys()
+
+
+def test_one_patched_model_within_another(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in assisted decoding: passes may nest, and each model keeps its own state and report."""
+    outer, inner = families["qwen2_5_vl"], families["llava_onevision"]
+    inputs, other = outer.inputs(PROMPT), inner.inputs(PROMPT)
+    with patched(inner.model, COMBINED["light"]):
+        expected_inner = inner.logits(other)
+    with patched(outer.model, COMBINED["balanced"]):
+        expected = outer.logits(inputs)
+    with patched(outer.model, COMBINED["balanced"]), patched(inner.model, COMBINED["light"]):
+        norm = outer.model.model.language_model.norm
+        hook = norm.register_forward_pre_hook(lambda *_: seen.append(inner.logits(other)) if not seen else None)
+        seen: list[Tensor] = []
+        assert torch.equal(outer.logits(inputs), expected)
+        hook.remove()
+        assert torch.equal(seen[0], expected_inner)
+        assert last_report(outer.model).visual_tokens != last_report(inner.model).visual_tokens
+
+
+def test_threads(families: dict[str, Family]) -> None:
+    family = families["qwen3_vl"]
+    prompts = [family.inputs([("video", clip, 8), QUESTION]) for clip in ("pancake", "vp9", "nasa")]
+    with patched(family.model, COMBINED["balanced"]):
+        expected = [family.logits(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(3):
+                for actual, one in zip(pool.map(family.logits, prompts), expected, strict=True):
+                    assert torch.equal(actual, one)
 
 
 def test_patched_models_are_collected(families: dict[str, Family]) -> None:
