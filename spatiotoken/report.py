@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spatiotoken.registry import STAGES
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -95,13 +97,14 @@ class Recorder:
             self._spans.setdefault(name, []).append(span)
 
     def milliseconds(self, name: str) -> float:
-        return sum(span.milliseconds() for span in self._spans.get(name, []))
+        return sum((span.milliseconds() for span in self._spans.get(name, [])), 0.0)
 
     def report(self, layers: nn.ModuleList) -> ForwardReport:
         prompt, visual = int(self.prompt), int(self.visual)
         stages = {
             name: StageReport(entry.method, int(entry.tokens_in), int(entry.tokens_out), self.milliseconds(name))
-            for name, entry in self._stages.items()
+            for name in STAGES
+            if (entry := self._stages.get(name))
         }
         return ForwardReport(
             prompt_tokens=prompt,
