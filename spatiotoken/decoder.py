@@ -189,8 +189,10 @@ class SequenceStages:
 
     def _prune(self, forward: Forward, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Drop visual tokens before decoder layer ``index``, by the attention that they got in the layer before."""
-        rows, visual, cache = forward.rows, forward.visual, arguments.get("past_key_values")
-        assert self.config.layers is not None and rows is not None and visual is not None
+        assert self.config.layers is not None and forward.rows is not None and forward.visual is not None
+        # Layers of a dispatched model may be on other devices than the embeddings.
+        rows, visual = forward.rows.to(hidden.device), forward.visual.to(hidden.device)
+        cache = arguments.get("past_key_values")
         with forward.recorder.span("layers"):
             keep, counts = self._select(forward, index, cache, rows, visual)
             forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))

@@ -7,7 +7,7 @@ Vocabulary: a *row* is one place of one sample's sequence. Sequences have an *or
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+
+from spatiotoken.state import ACTIVE
 
 DROPPED = (float("-inf"), float("inf"), float("-inf"), float("inf"))
 """First values of the embedding of a dropped token.
@@ -63,6 +65,7 @@ def gather_rows(values: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def restore_rows(values: Tensor, rows: Rows, length: int, tail: int) -> Tensor:
     """Put ``values [B, K, D]`` back at the last ``tail`` of ``length`` original rows; dropped rows are zero."""
+    rows = rows.to(values.device)
     inverse = rows.index.new_full((rows.index.shape[0], length + 1), -1)
     # Padding rows are sent to a column of their own, so that they overwrite nothing.
     place = torch.where(rows.valid, rows.index, length)
@@ -87,6 +90,9 @@ class Rows:
     lengths: list[int]
     left: bool
 
+    def to(self, device: torch.device) -> Rows:
+        return replace(self, index=self.index.to(device), valid=self.valid.to(device))
+
     @property
     def all_valid(self) -> bool:
         return min(self.lengths) == self.index.shape[1]
@@ -109,6 +115,11 @@ class LogicalLayer(DynamicLayer):
     ``generate`` slices prompts and counts positions by ``get_seq_length``; masks are made from ``get_mask_sizes``,
     which describes the cached rows as the latest ones, as sliding-window layers do. So a conversation goes on by
     ``generate(..., past_key_values=cache)`` like an unpruned one.
+
+    Attributes:
+        dropped: how many rows shorter than the conversation it is.
+        appended: rows that came, whole, since rows were last dropped: what may be cropped.
+        valid: ``[B, physical_length]`` False at padding; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -125,6 +136,11 @@ class LogicalLayer(DynamicLayer):
         return self.physical_length + self.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.valid is not None and ACTIVE.get() is None:
+            # The mask of the conversation does not say where the padding of the shorter rows is.
+            raise RuntimeError(
+                "this KV cache was made by a patched model from a padded batch: patch the model to go on"
+            )
         return self.physical_length + query_length, self.dropped
 
     def record(self, original: int, valid: Tensor | None, kept: int) -> None:
@@ -188,8 +204,9 @@ def with_logical_layers(cache: Cache | None, config: PreTrainedConfig) -> Dynami
         cache = DynamicCache(config=config)
     if is_logical(cache):
         return cache  # type: ignore[return-value]
-    if type(cache) is not DynamicCache or cache.offloading:
-        raise ValueError(_unsupported_cache(f"{type(cache).__name__}{' (offloaded)' if _offloading(cache) else ''}"))
+    offloaded = " (offloaded)" if getattr(cache, "offloading", False) else ""
+    if type(cache) is not DynamicCache or offloaded:
+        raise ValueError(_unsupported_cache(type(cache).__name__ + offloaded))
     for position, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             raise ValueError(_unsupported_cache(f"a {type(layer).__name__} at layer {position}"))
@@ -242,10 +259,6 @@ class _OneLayer:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._layer.get_mask_sizes(query_length)
-
-
-def _offloading(cache: Cache) -> bool:
-    return getattr(cache, "offloading", False)
 
 
 def _unsupported_cache(kind: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from spatiotoken.report import Recorder
-from spatiotoken.sequence import Rows
+
+if TYPE_CHECKING:
+    from spatiotoken.sequence import Rows
 
 
 @dataclass

@@ -124,6 +124,61 @@ def test_second_turn_brings_another_video(family: Family, config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+def test_video_after_a_cached_prefix(family: Family, config: Any) -> None:
+    """A prefix without pictures is cached as usual; the prompt with the video is cut, as one prompt would be."""
+    if not family.stacks_videos:
+        return  # as above
+    inputs = family.inputs(["A long instruction that every question shares.", *PROMPT])
+    ids = inputs["input_ids"]
+    with patched(family.model, config), torch.inference_mode():
+        expected = family.model(**inputs).logits
+        cache = family.model(input_ids=ids[:, :8], use_cache=True).past_key_values
+        assert type(cache.layers[0]) is not LogicalLayer
+        rest = {**inputs, "input_ids": ids[:, 8:], "attention_mask": inputs["attention_mask"]}
+        actual = family.model(**rest, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected[:, 8:], atol=2e-4, rtol=1e-4)
+    assert cache.get_seq_length() == ids.shape[1] > cache.layers[-1].physical_length
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_cache_after_unpatching(family: Family, config: Any) -> None:
+    """A cache of one prompt goes on with the plain model; one of a padded batch says that it cannot."""
+    short = [("video", "vp9", 8), QUESTION]  # since Qwen2.5-VL loses its place after slowly sampled video
+    batch = family.inputs(short, ["Describe", ("video", "nasa", 8), "the scene."])
+    for inputs, padded in ((family.inputs(short), False), (batch, True)):
+        with patched(family.model, config):
+            first = family.generate(inputs)
+            expected = family.generate(inputs, new=7)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(first.sequences), 6, dtype=torch.long)], dim=1)
+        again = {"input_ids": first.sequences, "attention_mask": mask}
+        if padded:
+            with pytest.raises(RuntimeError, match="patch the model to go on"):
+                family.generate(again, new=1, past_key_values=first.past_key_values)
+        else:
+            actual = family.generate(again, new=1, past_key_values=first.past_key_values)
+            torch.testing.assert_close(actual.scores[0], expected.scores[6], atol=2e-4, rtol=1e-4)
+
+
+def test_tuples_instead_of_outputs(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, COMBINED["balanced"]), torch.inference_mode():
+        expected = family.model(**inputs)
+        actual = family.model(**inputs, return_dict=False)
+    assert isinstance(actual, tuple) and torch.equal(actual[0], expected.logits)
+
+
+def test_hidden_states_have_the_real_lengths(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, COMBINED["balanced"]), torch.inference_mode():
+        output = family.model(**inputs, output_hidden_states=True)
+        report = last_report(family.model)
+    lengths = [state.shape[1] for state in output.hidden_states[:-1]]
+    entered, left = report.text_tokens + report.visual_kept, report.stages["layers"]
+    # What enters each decoder layer, as it comes from the one before.
+    assert lengths == [entered] * 3 + [entered - left.tokens_in + left.tokens_out]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_unsupported_caches_are_named(family: Family, config: Any) -> None:
     inputs = family.inputs(PROMPT)
     with patched(family.model, config):
