@@ -79,9 +79,9 @@ def _origin(item: object) -> str:
 class Method(BaseModel):
     """Base of every method of every stage: a frozen model whose fields are its YAML keys.
 
-    A subclass with ``name=`` registers itself under the stage of its base::
+    A subclass with ``method=``, its name in YAML, registers itself under the stage of its base::
 
-        class DivPrune(TokenReducer, name="divprune", paper="2503.02175"): ...
+        class DivPrune(TokenReducer, method="divprune", paper="2503.02175"): ...
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,16 +91,17 @@ class Method(BaseModel):
     paper: ClassVar[str | None] = None
     """arXiv id of the paper, if there is one."""
 
-    def __init_subclass__(cls, name: str | None = None, paper: str | None = None, **kwargs: Any) -> None:
+    # Not `name=`: on Python 3.10 that is the metaclass's own argument.
+    def __init_subclass__(cls, method: str | None = None, paper: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
 
     @classmethod
-    def __pydantic_init_subclass__(cls, name: str | None = None, paper: str | None = None, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, method: str | None = None, paper: str | None = None, **kwargs: Any) -> None:
         # Runs once the fields are complete, unlike __init_subclass__, which only has to let the arguments through.
         super().__pydantic_init_subclass__(**kwargs)
-        if name is not None:
-            cls.name, cls.paper = name, paper
-            METHODS[cls.stage].register(name, cls)
+        if method is not None:
+            cls.name, cls.paper = method, paper
+            METHODS[cls.stage].register(method, cls)
 
     @classmethod
     def summary(cls) -> str:

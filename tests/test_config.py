@@ -116,7 +116,7 @@ THIRD_PARTY = """
 from spatiotoken.structures import ReducedTokens
 from spatiotoken.tokens import TokenReducer
 
-class EverySecond(TokenReducer, name="every_second"):
+class EverySecond(TokenReducer, method="every_second"):
     \"\"\"Keeps every second token.\"\"\"
 
     def reduce(self, video):

@@ -100,7 +100,7 @@ def _last_valid(key_valid: Tensor | None, keys: int, position: Tensor) -> Tensor
     return (key_valid * position).amax(dim=1)
 
 
-class SlidingVertical(SparsePrefill, name="sliding_vertical"):
+class SlidingVertical(SparsePrefill, method="sliding_vertical"):
     """Sparse prefill over attention sinks, a local window and the columns that the last queries weigh most.
 
     Per head, the ``columns`` keys with the largest softmax mass over the last ``last_queries`` queries are kept for

@@ -47,7 +47,7 @@ def _farthest_points(points: Tensor, count: int) -> Tensor:
     return torch.cat(order)
 
 
-class KMeans(FrameSelector, name="kmeans"):
+class KMeans(FrameSelector, method="kmeans"):
     """Question-agnostic keyframes: k-means over cheap frame features, the member nearest each centre.
 
     The features are what the pixels themselves say (downsampled colours), so no model is run for the choice. Works on

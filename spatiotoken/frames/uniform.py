@@ -14,7 +14,7 @@ def uniform_indices(num_frames: int, count: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * num_frames // (2 * count) for i in range(count))
 
 
-class Uniform(FrameSelector, name="uniform"):
+class Uniform(FrameSelector, method="uniform"):
     """Frames at equal distances: the middle of each of ``num_frames`` equal parts.
 
     Inside a patched model a "frame" is what the vision tower makes one token grid of: two video frames in the

@@ -25,7 +25,7 @@ def fastv_selection(attention: Tensor, count: int) -> Tensor:
     return attention.mean(dim=0).argsort(descending=True, stable=True)[:count].sort().values
 
 
-class FastV(LayerPruner, name="fastv", paper="2403.06764"):
+class FastV(LayerPruner, method="fastv", paper="2403.06764"):
     """An image is worth half its tokens after layer 2: rank by the last prompt token's attention (arXiv 2403.06764).
 
     Before decoder layer ``layer`` the ``int(retention * n)`` of ``n`` visual tokens with the largest head-mean

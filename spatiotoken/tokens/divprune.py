@@ -49,7 +49,7 @@ def _nearest_neighbour_distance(unit: Tensor) -> Tensor:
     return torch.cat(nearest)
 
 
-class DivPrune(TokenReducer, name="divprune", paper="2503.02175"):
+class DivPrune(TokenReducer, method="divprune", paper="2503.02175"):
     """Max-min diversity selection of visual tokens over the whole clip (arXiv 2503.02175).
 
     Keeps ``round(retention * N)`` of the ``[N, D]`` tokens, unchanged, with their positions (the authors renumber

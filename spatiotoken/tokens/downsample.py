@@ -41,7 +41,7 @@ def pooling_cells(size: int, cells: int, device: torch.device) -> tuple[Tensor, 
     return cell, (first + last) // 2
 
 
-class Downsample(TokenReducer, name="downsample"):
+class Downsample(TokenReducer, method="downsample"):
     """Spatial average pooling to the same budget: the baseline of a plainly smaller picture.
 
     Each frame's ``H x W`` tokens are averaged over a grid of nearly equal cells; a cell takes the position of its

@@ -29,7 +29,7 @@ def evs_mask(embeddings: Tensor, grid: tuple[int, int, int], count: int) -> Tens
     return mask
 
 
-class EVS(TokenReducer, name="evs", paper="2510.14624"):
+class EVS(TokenReducer, method="evs", paper="2510.14624"):
     """Efficient video sampling: drop patches that stay the same as in the previous frame (arXiv 2510.14624).
 
     Keeps ``max(H * W, int(retention * N))`` of the ``[N, D]`` tokens over the whole clip, unchanged, with their

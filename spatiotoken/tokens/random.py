@@ -22,7 +22,7 @@ def random_selection(num_tokens: int, count: int, seed: int) -> Tensor:
     return torch.randperm(num_tokens, generator=generator)[:count].sort().values
 
 
-class Random(TokenReducer, name="random"):
+class Random(TokenReducer, method="random"):
     """Uniformly random tokens, seeded: the baseline that a method has to beat.
 
     The same seed keeps the same tokens of every video of the same size, so batches equal single prompts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from traceback import clear_frames
 
 import torch
 from torch import Tensor
@@ -96,5 +97,6 @@ class DecordReader(VideoReader):
         try:
             yield
         except (self._decord.DECORDError, RuntimeError, StopIteration) as error:
+            clear_frames(error.__traceback__)  # they hold the reader, and it the file
             cause = _CPP_PLACE.sub("", str(error)) or "the stream ended before the last frame"
             raise read_error(self._path, cause) from error

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import count
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class TorchCodecReader(VideoReader):
         try:
             yield
         except (RuntimeError, ValueError, IndexError) as error:
+            clear_frames(error.__traceback__)  # they hold the decoder, and it the file
             raise read_error(self._path, _CPP_PLACE.sub("", str(error))) from error
 
     def _best_stream(self, decoder: Any) -> int:
