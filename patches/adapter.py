@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spatiotoken.attention.weights import row_weights
 from spatiotoken.registry import Registry
 
 
@@ -139,21 +140,18 @@ class ModelAdapter(ABC):
             valid: ``[B, past + L]`` False at padding, None if there is none.
         """
         attention: Any = layer.self_attn
-        normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+        norm: Any = layer.input_layernorm
         cos, sin = position_embeddings
         if keys is None:
-            keys = self.rotate(attention, self.project(attention, normed, "k"), cos, sin)
+            keys = self.rotate(attention, self.project(attention, norm(hidden), "k"), cos, sin)
         batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-        picked = [(x.expand(hidden.shape[0], -1, -1) if x.shape[0] == 1 else x)[batch, rows] for x in (cos, sin)]
-        query = self.rotate(attention, self.project(attention, normed[batch, rows], "q"), picked[0], picked[1])
-        grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        logits = (grouped @ keys.transpose(-1, -2)).float() * attention.scaling
-        logits = logits.unflatten(2, (-1, rows.shape[1])).flatten(1, 2)
+        cos, sin = (x.expand(hidden.shape[0], -1, -1)[batch, rows] for x in position_embeddings)
+        query = self.rotate(attention, self.project(attention, norm(hidden[batch, rows]), "q"), cos, sin)
         position = torch.arange(keys.shape[2], device=keys.device)
         visible = position <= rows[..., None] + (keys.shape[2] - hidden.shape[1])
         if valid is not None:
             visible = visible & valid[:, None]
-        return logits.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1)
+        return row_weights(query, keys, visible, attention.scaling)
 
 
 ADAPTERS: Registry[type[ModelAdapter]] = Registry("model type", ("spatiotoken.patches",), "spatiotoken.models")

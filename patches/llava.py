@@ -21,13 +21,14 @@ class Llava(ModelAdapter):
     def pooled_side(self, core: Any) -> int:
         """Tokens along one side of a video frame after pooling."""
 
-    def max_tiles(self, core: Any) -> int | None:
+    def max_tiles(self, core: Any, encoding: Encoding) -> int | None:
         """Tiles beyond which the family shrinks an image, None where it does not."""
         return None
 
     def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         if kind == "image":
-            return [self._image(core, size, single) for size, single in _images(encoding)]
+            limit = self.max_tiles(core, encoding)
+            return [self._image(core, size, single, limit) for size, single in _images(encoding)]
         videos, frames = encoding["pixel_values_videos"].shape[:2]
         side = self.pooled_side(core)
         return [Item.of_grid((frames, side, side)) for _ in range(videos)]
@@ -56,7 +57,7 @@ class Llava(ModelAdapter):
         parts = torch.split(features[0], sizes)
         output.pooler_output = torch.stack(parts) if stacked else list(parts)
 
-    def _image(self, core: Any, size: Any, single: bool) -> Item:
+    def _image(self, core: Any, size: Any, single: bool, limit: int | None) -> Item:
         """The whole view, then the tiles joined to one picture without its padding, a newline after each line."""
         modeling = sys.modules[type(core).__module__]
         vision = core.config.vision_config
@@ -68,7 +69,7 @@ class Llava(ModelAdapter):
         # The model's own arithmetic on a picture without data gives the size of the joined tiles.
         canvas = torch.empty(1, rows * side, columns * side, device="meta")
         height, width = modeling.unpad_image(canvas, size).shape[1:]
-        if (limit := self.max_tiles(core)) is not None:
+        if limit is not None:
             ratio = math.sqrt(height * width / (limit * side**2))
             if ratio > 1.1:
                 height, width = int(height // ratio), int(width // ratio)
@@ -87,8 +88,9 @@ class LlavaOnevision(Llava):
         vision = core.config.vision_config
         return math.ceil(vision.image_size // vision.patch_size / 2)
 
-    def max_tiles(self, core: Any) -> int:
-        return int(core.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    def max_tiles(self, core: Any, encoding: Encoding) -> int:
+        ratio: str = encoding.get("vision_aspect_ratio") or core.config.vision_aspect_ratio
+        return int(ratio.removeprefix("anyres_max_"))
 
 
 class LlavaNextVideo(Llava):

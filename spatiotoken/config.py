@@ -87,8 +87,8 @@ def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, /, **overr
         ConfigError: with the key, the value and what is allowed.
     """
     data = dict(config.to_dict() if isinstance(config, PatchConfig) else _read(config))
-    # `stage.method` first, since it resets the parameters that the others set.
-    for key, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".method")):
+    # Whole stages first, then `stage.method`, which resets the parameters that the others set.
+    for key, value in sorted(overrides.items(), key=lambda item: ("." in item[0], not item[0].endswith(".method"))):
         _override(data, key, value)
     try:
         return PatchConfig.model_validate(data)
@@ -122,6 +122,8 @@ def config_schema() -> dict[str, Any]:
 def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not isinstance(config, str | Path):
+        raise ConfigError(f"a config is a preset's name, a path, a dict or a PatchConfig, not {config!r}")
     path = Path(config)
     if isinstance(config, str) and path.name == config and path.suffix not in {".yaml", ".yml"}:
         text, where = _preset_text(config), f"preset {config!r}"
@@ -157,6 +159,10 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
     if stage not in STAGES:
         raise ConfigError(f"cannot set {key!r}: {stage!r} is not a stage; supported: {', '.join(STAGES)}")
     settings = data.get(stage) or {}
+    if isinstance(settings, Method):
+        settings = {"method": settings.name} | settings.model_dump(mode="json")
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"cannot set {key!r}: {stage} is {settings!r}, not a mapping with a key 'method'")
     if parameter == "method":
         data[stage] = {"method": value}
     elif not settings:

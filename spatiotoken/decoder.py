@@ -34,7 +34,7 @@ class SequenceStages:
     """Shortens the sequence of one model where its prompts bring pictures.
 
     Raises:
-        ValueError: the ``layers`` method needs a deeper model.
+        ValueError: the ``layers`` method needs a deeper model, or the model's attention is not supported.
     """
 
     def __init__(self, adapter: ModelAdapter, model: PreTrainedModel, config: PatchConfig) -> None:
@@ -43,6 +43,11 @@ class SequenceStages:
         self.language_model = adapter.language_model(model)
         self.layers = adapter.decoder_layers(model)
         self.prune_layers = config.layers.prune_layers(len(self.layers)) if config.layers else ()
+        text = self.language_model.config
+        if (config.frames or config.tokens or config.layers) and _slides(text):
+            raise ValueError("token reduction does not support sliding-window attention in the language model")
+        # Beside a `layers` method, flash attention needs the decoder layers' arguments changed (see `layer`).
+        self.wraps_layers = bool(self.prune_layers) or "flash" in str(text._attn_implementation)
 
     # -- entry of the language model --
 
@@ -51,6 +56,8 @@ class SequenceStages:
         forward, embeds = ACTIVE.get(), arguments.get("inputs_embeds")
         if embeds is None or forward is None:
             return original(**arguments)
+        mask = arguments.get("attention_mask")
+        forward.custom_mask = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
         if forward.visual is not None:
             return self._shorten(original, arguments, forward)
         if is_logical(arguments.get("past_key_values")):
@@ -64,34 +71,39 @@ class SequenceStages:
         embeds, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
         batch, length = embeds.shape[:2]
         assert forward.visual is not None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
+        # Padding of this pass, and of what a cache holds already.
+        valid, earlier = embeds.new_ones(batch, length, dtype=torch.bool), None
+        if mask is not None and not forward.custom_mask:
             valid = mask[:, -length:].bool()
-        else:
-            valid = embeds.new_ones(batch, length, dtype=torch.bool)
+            earlier = mask[:, : mask.shape[1] - length].bool()
         # Without a stage before the language model there is no mark to look for.
         kept = kept_rows(embeds) & valid if self.config.frames or self.config.tokens else valid
         visual = forward.visual & kept
         # The only wait for the device: what is real, kept and visual of each sample, and the side of the padding.
-        counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), valid[:, -1]]
-        real, lengths, before, counts, last = torch.stack(counted).tolist()
-        shortened = lengths != real
+        left_padded = valid[:, -1] | ~valid.any(1)
+        counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), left_padded]
+        real, lengths, before, counts, *padded = torch.stack(counted).tolist()
+        shortened, left = lengths != real, all(padded[0])
         forward.recorder.visual_kept = forward.recorder.visual - (sum(before) - sum(counts))
         self._record(forward, lengths, real)
-        if not shortened and not self.prune_layers:
-            return original(**arguments)
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        cache: Any = arguments.get("past_key_values")
+        if not shortened and not (self.prune_layers and any(counts)):
+            return self._continue(original, arguments, forward) if is_logical(cache) else original(**arguments)
+        if forward.custom_mask:
             raise ValueError(
                 "token reduction needs a 2-D attention mask and a dynamic KV cache; this call brings a prepared mask "
                 "(of a static cache or your own)"
             )
-        cache: Any = arguments.get("past_key_values")
         if cache is not None or self._uses_cache(arguments):
-            cache = arguments["past_key_values"] = with_logical_layers(cache, self.language_model.config)
+            seen = None if earlier is None or is_logical(cache) or bool(earlier.all()) else earlier
+            cache = arguments["past_key_values"] = with_logical_layers(cache, self.language_model.config, seen)
+            _check_evenly_pruned(cache, self.prune_layers)
         past = cache.layers[0].get_seq_length() if cache is not None else 0
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
         if shortened:
-            index = compact_index(kept, max(lengths), left=all(last))
-        rows = Rows(index, kept.gather(1, index), lengths, all(last))
+            # At least one row, be it padding: a chunk of a prompt may lose all it has.
+            index = compact_index(kept, max(1, *lengths), left=left)
+        rows = Rows(index, kept.gather(1, index), lengths, left)
         if shortened:
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
@@ -127,7 +139,7 @@ class SequenceStages:
     def _continue(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
         """New text on a cache that is shorter than the conversation: decoding, or another turn."""
         cache, embeds, mask = arguments["past_key_values"], arguments["inputs_embeds"], arguments.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if forward.custom_mask:
             raise ValueError("a pruned KV cache needs a 2-D attention mask over the whole conversation, or none")
         new = embeds.shape[1]
         # A single token is the one just generated; only a longer turn can bring padding.
@@ -140,7 +152,7 @@ class SequenceStages:
             forward.masks = self._masks(cache, embeds, padding, 0)
         output = original(**arguments)
         for layer in cache.layers:
-            layer.record(new, padding, new)
+            layer.append(new, padding)
         return output
 
     def _masks(self, cache: Any, hidden: Tensor, padding: Tensor | None, first: int) -> dict[int, Any]:
@@ -153,12 +165,13 @@ class SequenceStages:
         return masks
 
     def _record_cache(self, cache: Any, forward: Forward, length: int) -> None:
-        if cache is None:
+        if cache is None or not cache.layers[0].is_initialized:  # gradient checkpointing takes the cache away
             return
         bounds = [start for start, _ in forward.history[1:]] + [len(cache.layers)]
         for (start, rows), stop in zip(forward.history, bounds, strict=True):
             for layer in cache.layers[start:stop]:
-                layer.record(length, rows.padding, rows.index.shape[1])
+                layer.record(length, rows.to(layer.keys.device))
+                layer.uneven = layer.uneven or len(forward.history) > 1
 
     def _record(self, forward: Forward, lengths: list[int], real: list[int]) -> None:
         recorder = forward.recorder
@@ -173,11 +186,14 @@ class SequenceStages:
 
     # -- between decoder layers --
 
-    def layer(self, index: int, original: Callable[..., Any], hidden: Tensor, **arguments: Any) -> Any:
+    def layer(self, index: int, original: Callable[..., Any], hidden_states: Tensor, **arguments: Any) -> Any:
         """The forward of decoder layer ``index``."""
-        forward = ACTIVE.get()
+        forward, hidden = ACTIVE.get(), hidden_states
         if forward is None or (forward.rows is None and not forward.masks):
             return original(hidden, **arguments)
+        if forward.rows is not None:
+            # They are in the position embeddings; flash attention would take gaps for borders of packed samples.
+            arguments["position_ids"] = None
         arguments |= forward.overrides
         if index in self.prune_layers and forward.rows is not None:
             hidden = self._prune(forward, index, hidden, arguments)
@@ -207,8 +223,6 @@ class SequenceStages:
             forward.overrides = {
                 "position_embeddings": tuple(gather_rows(x, inner, 1) for x in arguments["position_embeddings"])
             }
-            if arguments.get("position_ids") is not None:
-                forward.overrides["position_ids"] = gather_rows(arguments["position_ids"], inner, -1)
             arguments |= forward.overrides
             forward.masks = self._masks(cache, hidden, forward.rows.padding, index)
             forward.recorder.layer_lengths[index:] = [lengths] * (len(self.layers) - index)
@@ -220,9 +234,9 @@ class SequenceStages:
         hidden, position_embeddings = forward.scored
         forward.scored = None
         length, keys, seen = hidden.shape[1], None, rows.padding
-        if cache is not None:
+        layer = None if cache is None else cache.layers[index - 1]
+        if layer is not None and layer.is_initialized:
             # The rows of this pass are in that layer's cache already, but not yet on its record.
-            layer = cache.layers[index - 1]
             keys, seen = layer.keys, joined_valid(layer.valid, layer.keys.shape[2] - length, rows.padding, length)
         last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
         attention = self.adapter.attention_rows(
@@ -251,6 +265,13 @@ class SequenceStages:
         present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
         here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
         return original(hidden, here, features[present[pictures]])
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return getattr(config, "sliding_window", None) is not None
+    return "sliding_attention" in types
 
 
 def _check_evenly_pruned(cache: Any, prune_layers: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spatiotoken.attention import dispatch
@@ -24,6 +25,7 @@ from spatiotoken.decoder import SequenceStages
 from spatiotoken.encoding import FeatureStages
 from spatiotoken.patches.adapter import ModelAdapter, find_adapter
 from spatiotoken.report import ForwardReport, Recorder
+from spatiotoken.sequence import without_marks
 from spatiotoken.state import ACTIVE, Forward
 from spatiotoken.undo import Undo
 
@@ -71,12 +73,15 @@ def unpatch_model(model: ModelT) -> ModelT:
 def patched(
     model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any
 ) -> Iterator[ModelT]:
-    """Patch a model within a ``with`` block."""
+    """Patch a model within a ``with`` block. Afterwards it is as before: unpatched, or with the patch that it had."""
+    before = model.__dict__.get(_HANDLE)
     patch_model(model, config, **overrides)
     try:
         yield model
     finally:
         unpatch_model(model)
+        if before is not None:
+            patch_model(model, before.config)
 
 
 def last_report(model: PreTrainedModel) -> ForwardReport:
@@ -120,7 +125,8 @@ class _Patch:
         """Attach everything; if that fails half-way, nothing stays."""
         config, sequence = self.config, self.sequence
         try:
-            self.undo.set(self.model, _HANDLE, self)
+            for owner in (self.model, self.core):
+                self.undo.set(owner, _HANDLE, self)
             if config.frames or config.tokens:
                 self._wrap(self.core, "get_video_features", functools.partial(self._encode, "video"))
             if config.tokens and config.images:
@@ -130,7 +136,7 @@ class _Patch:
             self._wrap(sequence.language_model, "forward", sequence.enter)
             if self.adapter.remembers_rope:
                 self._wrap(self.model, "_prepare_position_ids_for_generation", self._position_ids)
-            if sequence.prune_layers:
+            if sequence.wraps_layers:
                 for index, layer in enumerate(sequence.layers):
                     self._wrap(layer, "forward", functools.partial(sequence.layer, index), keep_positional=True)
                 if self.adapter.has_deepstack:
@@ -168,16 +174,25 @@ class _Patch:
             return original(**arguments)
 
     def _core_forward(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        as_tuple = arguments.pop("return_dict", None) is False
+        cache = arguments.get("past_key_values")
         with self._pass(arguments, None) as forward:
-            if not _has_pictures(arguments):
-                self._recall_rope(arguments.get("past_key_values"))
-                return original(**arguments)
-            self._find_visual(forward, arguments)
-            output = original(**arguments)
-            if self.adapter.remembers_rope and output.past_key_values is not None:
+            first = cache is None or cache.get_seq_length() == 0
+            if _has_pictures(arguments):
+                self._find_visual(forward, arguments)
+            elif not first:
+                self._recall_rope(cache)
+            elif arguments.get("position_ids") is None and self.adapter.remembers_rope:
+                self.core.rope_deltas = None  # those of another conversation
+            output = original(**arguments, return_dict=True)
+            cache = output.past_key_values
+            if self.adapter.remembers_rope and cache is not None and (first or _has_pictures(arguments)):
                 # Beside the keys that were rotated by it: the model itself remembers only its latest prompt.
-                output.past_key_values.spatiotoken_rope_deltas = self.core.rope_deltas
-            return output
+                cache.spatiotoken_rope_deltas = self.core.rope_deltas
+            for name in ("image_hidden_states", "video_hidden_states"):
+                if isinstance(features := getattr(output, name, None), Tensor):
+                    setattr(output, name, without_marks(features, self.sequence.language_model.config.hidden_size))
+            return output.to_tuple() if as_tuple else output
 
     @contextmanager
     def _pass(self, arguments: dict[str, Any], tail: int | None) -> Iterator[Forward]:
@@ -218,12 +233,13 @@ class _Patch:
     # -- M-RoPE offsets, which transformers keeps on the model --
 
     def _recall_rope(self, cache: Any) -> None:
-        deltas = getattr(cache, "spatiotoken_rope_deltas", None)
-        if deltas is not None:
-            self.core.rope_deltas = deltas
+        if hasattr(cache, "spatiotoken_rope_deltas"):
+            self.core.rope_deltas = cache.spatiotoken_rope_deltas
 
     def _position_ids(self, original: Callable[..., Any], **arguments: Any) -> Any:
-        self._recall_rope(arguments["model_kwargs"].get("past_key_values"))
+        cache = arguments["model_kwargs"].get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            self._recall_rope(cache)
         return original(**arguments)
 
     # -- feature extractors --
@@ -244,9 +260,10 @@ class _Patch:
         token = _ENCODING.set(True)
         try:
             with timing:
-                return self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
+                output = self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
         finally:
             _ENCODING.reset(token)
+        return output.to_tuple() if arguments.get("return_dict") is False else output
 
     def _recorder_for(self, kind: str) -> tuple[Recorder, AbstractContextManager[None]]:
         """Where to note an encoding: within a forward its recorder; ahead of one, that of the forward to come."""

@@ -60,16 +60,19 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        for package in self._packages:
-            for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
-                importlib.import_module(module.name)
-        for entry in entry_points(group=self._group):
-            try:
-                entry.load()
-            except Exception as error:
-                self._loaded = False
-                raise ImportError(f"entry point {entry.name!r} of group {self._group!r} failed: {error}") from error
+        self._loaded = True  # first, since the modules may look names up themselves
+        try:
+            for package in self._packages:
+                for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+                    importlib.import_module(module.name)
+            for entry in entry_points(group=self._group):
+                try:
+                    entry.load()
+                except Exception as error:
+                    raise ImportError(f"entry point {entry.name!r} of group {self._group!r} failed: {error}") from error
+        except BaseException:
+            self._loaded = False
+            raise
 
 
 def _origin(item: object) -> str:

@@ -141,7 +141,7 @@ class _Stage:
 
 class _Span:
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._start = self._mark()
         self._stop = self._start
 
@@ -149,16 +149,16 @@ class _Span:
         self._stop = self._mark()
 
     def milliseconds(self) -> float:
-        if self._cuda:
+        if self._device.type == "cuda":
             self._stop.synchronize()
             return self._start.elapsed_time(self._stop)
         return (self._stop - self._start) * 1e3
 
     def _mark(self) -> Any:
-        if not self._cuda:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

@@ -40,6 +40,12 @@ def kept_rows(embeddings: Tensor) -> Tensor:
     return (embeddings[..., : len(DROPPED)] != embeddings.new_tensor(DROPPED)).any(dim=-1)
 
 
+def without_marks(embeddings: Tensor, dim: int) -> Tensor:
+    """``embeddings``, of any shape that holds rows of ``dim`` values, with zeros in the rows that carry the mark."""
+    rows = embeddings.reshape(1, -1, dim)
+    return rows.masked_fill(~kept_rows(rows)[..., None], 0).view_as(embeddings)
+
+
 def compact_index(keep: Tensor, length: int, *, left: bool) -> Tensor:
     """``[B, length]``: which rows of ``keep [B, L]`` come first to last, in order, padded on one side.
 
@@ -118,7 +124,9 @@ class LogicalLayer(DynamicLayer):
 
     Attributes:
         dropped: how many rows shorter than the conversation it is.
-        appended: rows that came, whole, since rows were last dropped: what may be cropped.
+        appended: rows that came since rows were last dropped.
+        in_place: ``[B, K]`` of the pass that dropped rows, True where a row is as far from the end as it was.
+        uneven: other layers of the cache hold more or fewer rows.
         valid: ``[B, physical_length]`` False at padding; None if there is none.
     """
 
@@ -126,6 +134,8 @@ class LogicalLayer(DynamicLayer):
         super().__init__()
         self.dropped = 0
         self.appended = 0
+        self.in_place: Tensor | None = None
+        self.uneven = False
         self.valid: Tensor | None = None
 
     @property
@@ -136,18 +146,34 @@ class LogicalLayer(DynamicLayer):
         return self.physical_length + self.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.valid is not None and ACTIVE.get() is None:
-            # The mask of the conversation does not say where the padding of the shorter rows is.
+        if (self.valid is not None or self.uneven) and ACTIVE.get() is None:
+            # The mask of the conversation says neither where the padding is now nor how long each layer is.
             raise RuntimeError(
-                "this KV cache was made by a patched model from a padded batch: patch the model to go on"
+                "this KV cache was made by a patched model, from a padded batch or with layers of different lengths: "
+                "patch the model to go on"
             )
         return self.physical_length + query_length, self.dropped
 
-    def record(self, original: int, valid: Tensor | None, kept: int) -> None:
-        """Note that ``original`` rows came in of which ``kept`` were cached, ``valid [B, kept]`` of them no padding."""
-        self.valid = joined_valid(self.valid, self.physical_length - kept, valid, kept)
-        self.dropped += original - kept
-        self.appended = self.appended + kept if original == kept else 0
+    def record(self, original: int, rows: Rows) -> None:
+        """Note that ``original`` rows came in, of which ``rows`` are cached."""
+        kept = rows.index.shape[1]
+        self.append(kept, rows.padding)
+        if kept < original:
+            self.dropped += original - kept
+            self.appended = 0
+            distance = torch.arange(original - kept, original, device=rows.index.device)
+            self.in_place = (rows.index == distance) & rows.valid
+
+    def append(self, new: int, valid: Tensor | None) -> None:
+        """Note that ``new`` rows came in and are cached, ``valid [B, new]`` of them no padding."""
+        self.valid = joined_valid(self.valid, self.physical_length - new, valid, new)
+        self.appended += new
+
+    def croppable(self) -> int:
+        """How many rows can be taken off the end as if nothing had been dropped."""
+        if self.in_place is None:
+            return self.physical_length
+        return self.appended + int(self.in_place.flip(1).long().cumprod(1).sum(1).min())
 
     def attention_mask(self, new_valid: Tensor | None, num_new: int) -> Tensor | None:
         """2-D mask over the original length plus ``num_new`` queries, as transformers wants it; None if all is seen."""
@@ -160,13 +186,12 @@ class LogicalLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.dropped = self.appended = 0
-        self.valid = None
+        self.valid = self.in_place = None
+        self.uneven = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.dropped and abs(tokens_to_remove) > self.appended:
-            raise ValueError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: only {self.appended} came after the pruned prompt"
-            )
+        if self.dropped and abs(tokens_to_remove) > (most := self.croppable()):
+            raise ValueError(f"cannot crop {abs(tokens_to_remove)} tokens: only the last {most} are whole")
         super().crop(tokens_to_remove)
         if self.valid is not None:
             self.valid = self.valid[:, : self.physical_length]
@@ -174,19 +199,19 @@ class LogicalLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._map_valid(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
+        self._map_samples(lambda valid: valid.index_select(0, beam_idx.to(valid.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_valid(lambda valid: valid.repeat_interleave(repeats, dim=0))
+        self._map_samples(lambda valid: valid.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_valid(lambda valid: valid[indices, ...])
+        self._map_samples(lambda valid: valid[indices, ...])
 
-    def _map_valid(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.valid is not None:
-            self.valid = function(self.valid)
+    def _map_samples(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.valid = None if self.valid is None else function(self.valid)
+        self.in_place = None if self.in_place is None else function(self.in_place)
 
 
 def is_logical(cache: Any) -> bool:
@@ -194,8 +219,11 @@ def is_logical(cache: Any) -> bool:
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], LogicalLayer)
 
 
-def with_logical_layers(cache: Cache | None, config: PreTrainedConfig) -> DynamicCache:
+def with_logical_layers(cache: Cache | None, config: PreTrainedConfig, valid: Tensor | None) -> DynamicCache:
     """``cache`` (a new one if None) whose layers are all ``LogicalLayer``, changed in place.
+
+    Args:
+        valid: ``[B, cached rows]`` False at padding, for rows that are in the cache already; None if there is none.
 
     Raises:
         ValueError: for caches other than ``DynamicCache`` with full attention; the message names the kind.
@@ -213,6 +241,7 @@ def with_logical_layers(cache: Cache | None, config: PreTrainedConfig) -> Dynami
     layers: list[Any] = [LogicalLayer() for _ in range(config.num_hidden_layers)]
     for new, old in zip(layers, cache.layers, strict=False):
         new.__dict__.update(old.__dict__)
+        new.valid = valid
     cache.layers = layers
     return cache
 

@@ -21,6 +21,7 @@ class Forward:
     Attributes:
         owner: the patch of the model that runs; another patched model may run within its pass.
         recorder: collects the report.
+        custom_mask: the caller brought a mask of its own making, which only the model's own attention understands.
         tail: how many of the last output rows the caller reads; None for all of them.
         visual: ``[B, K]`` True at visual tokens that may be dropped; None if the pass brings no new pictures.
         rows: what is left of the sequence at the layer at hand; None if nothing is tracked.
@@ -35,6 +36,7 @@ class Forward:
     owner: object
     recorder: Recorder
     tail: int | None = None
+    custom_mask: bool = False
     visual: Tensor | None = None
     rows: Rows | None = None
     since_entry: Tensor | None = None

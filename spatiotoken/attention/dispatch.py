@@ -16,7 +16,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spatiotoken.attention.base import SparsePrefill
-from spatiotoken.report import Recorder
 from spatiotoken.state import ACTIVE
 
 SLOT = "_spatiotoken_attention"
@@ -64,17 +63,19 @@ def sparse_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The method for long prefills, the model's own attention for everything else."""
+    """The method where a whole long prompt is prefilled at once, the model's own attention for everything else."""
     patch: SparseAttention = module.__dict__[SLOT]
-    sliding = kwargs.get("sliding_window") is not None
-    if query.shape[2] == 1 or sliding or patch.method.is_dense(query.shape[2], key.shape[2]):
+    forward = ACTIVE.get()
+    queries, keys = query.shape[2], key.shape[2]
+    # Rows that see earlier ones in a cache (decoding, further turns, candidates of assisted decoding, all rows with a
+    # static cache) are no prefill of the whole, and a caller's own mask may be anything.
+    plain = queries == keys and forward is not None and not forward.custom_mask and kwargs.get("sliding_window") is None
+    if not plain or forward is None or patch.method.is_dense(queries, keys):
         # Eager attention is no entry of the registry but a function of each model's module.
         eager = sys.modules[type(module).__module__].eager_attention_forward
         own = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)
         return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    forward = ACTIVE.get()
-    recorder = Recorder(query.device, 0) if forward is None else forward.recorder
-    with recorder.span("attention"):
+    with forward.recorder.span("attention"):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = patch.method.attend(query, key, value, key_valid(attention_mask, key.shape[2]), scale)
     return output.transpose(1, 2).contiguous(), None

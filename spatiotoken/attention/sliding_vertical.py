@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.attention.base import SparsePrefill
+from spatiotoken.attention.weights import row_weights
 
 
 def column_mass(query: Tensor, key: Tensor, key_valid: Tensor | None, scale: float) -> Tensor:
@@ -17,19 +18,14 @@ def column_mass(query: Tensor, key: Tensor, key_valid: Tensor | None, scale: flo
         key: ``[B, kv_heads, keys, d]``.
         key_valid: ``[B, keys]`` bool or None. The queries end at each row's last valid key.
     """
-    batch, heads, rows, _ = query.shape
-    keys = key.shape[2]
-    grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    logits = (grouped @ key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * scale
+    rows, keys = query.shape[2], key.shape[2]
     position = torch.arange(keys, device=key.device)
     last = _last_valid(key_valid, keys, position)
-    row_position = last[:, None] - rows + 1 + position[:rows]
-    visible = position <= row_position[..., None]
+    visible = position <= (last[:, None] - rows + 1 + position[:rows])[..., None]
     if key_valid is not None:
         visible = visible & key_valid[:, None, :]
-    weights = logits.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1)
     # A row with nothing to see (a short prompt in a padded batch) is NaN and counts for nothing.
-    return weights.nan_to_num(0.0).sum(dim=2)
+    return row_weights(query, key, visible.expand(query.shape[0], -1, -1), scale).nan_to_num(0.0).sum(dim=2)
 
 
 def important_columns(mass: Tensor, key_valid: Tensor | None, sink: int, columns: int) -> Tensor:
@@ -105,9 +101,9 @@ class SlidingVertical(SparsePrefill, method="sliding_vertical"):
 
     Per head, the ``columns`` keys with the largest softmax mass over the last ``last_queries`` queries are kept for
     all queries, beside the first ``sink`` keys and each query's own ``window`` latest keys (the vertical part of
-    MInference, arXiv 2407.02490, with a sliding window in place of its slashes). Runs on plain torch: keys are
-    gathered per block of queries, and no ``queries x keys`` tensor exists. Token-exact, so a padded batch equals
-    single prompts.
+    MInference, arXiv 2407.02490, with a sliding window in place of its slashes). A reference on plain torch: keys are
+    gathered per block of queries, so it makes no ``queries x keys`` tensor. (For padded batches transformers itself
+    makes a mask of that size.) Token-exact, so a padded batch equals single prompts.
     """
 
     sink: int = Field(64, ge=1, description="first keys that every query sees")
