@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from spatiotoken import last_report, patch_model, patched, unpatch_model
+from spatiotoken import last_report, load_config, patch_model, patched, unpatch_model
 from spatiotoken.sequence import LogicalLayer, Rows
 from spatiotoken.undo import UndoError
 from tests.cases import COMBINED, REDUCED, config_of
@@ -428,3 +428,164 @@ def test_patched_models_are_collected(families: dict[str, Family]) -> None:
     del model
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_padded_prefix_in_a_plain_cache(family: Family, config: Any) -> None:
+    """Rows that were cached before anything was dropped keep their padding."""
+    if not family.stacks_videos:
+        return  # as above
+    samples = [["Hi.", *PROMPT], ["A much longer instruction comes first.", ("video", "nasa", 8), QUESTION]]
+    batch = family.inputs(*samples)
+    ids, mask, cut = batch["input_ids"], batch["attention_mask"], 10
+    assert not mask[0, :4].any()
+    with patched(family.model, config), torch.inference_mode():
+        cache = family.model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True).past_key_values
+        rest = {**batch, "input_ids": ids[:, cut:]}
+        positions = torch.arange(cut, ids.shape[1])[None]
+        actual = family.model(**rest, position_ids=positions, past_key_values=cache).logits
+        expected = family.model(**batch, position_ids=torch.arange(ids.shape[1])[None]).logits
+    for row in range(2):
+        real = mask[row, cut:].bool()
+        torch.testing.assert_close(actual[row][real], expected[row, cut:][real], atol=2e-4, rtol=1e-4)
+
+
+def test_unreduced_pictures_on_a_pruned_cache(family: Family) -> None:
+    """A turn whose picture stays whole is on the cache's record like any other."""
+    if not family.stacks_videos:
+        return  # as above
+    config = config_of(("tokens", "evs"), {"retention": 0.3})
+    then = [("image", "nasa"), "And this?"]  # the same in both, so that it begins at the same row
+    samples = [
+        ["Hi.", ("video", "pancake", 8), *then],
+        ["A much longer instruction first.", ("video", "nasa", 8), *then],
+    ]
+    batch = family.inputs(*samples)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    is_image = ids == family.model.config.image_token_id
+    cut = int(is_image.long().argmax(dim=1).min())
+    assert not (ids[:, cut:] == family.model.config.video_token_id).any()
+    with patched(family.model, config), torch.inference_mode():
+        expected = family.logits({**batch, "position_ids": torch.arange(ids.shape[1])[None]})
+        pixels = {"pixel_values_videos": batch["pixel_values_videos"]}
+        first = {**pixels, "input_ids": ids[:, :cut], "attention_mask": mask[:, :cut]}
+        cache = family.model(**first, position_ids=torch.arange(cut)[None], use_cache=True).past_key_values
+        rest = {k: v for k, v in batch.items() if k != "pixel_values_videos"} | {"input_ids": ids[:, cut:]}
+        positions = torch.arange(cut, ids.shape[1])[None]
+        actual = family.model(**rest, position_ids=positions, past_key_values=cache).logits
+    for row in range(2):
+        real = mask[row, cut:].bool()
+        torch.testing.assert_close(actual[row][real], expected[row, cut:][real], atol=2e-4, rtol=1e-4)
+    assert cache.layers[0].valid.shape[1] == cache.layers[0].physical_length
+
+
+# Without a `layers` method: prompt and first candidates come as one, so FastV would rank by the last candidate.
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]])
+def test_assisted_generation(family: Family, config: Any) -> None:
+    """Candidates are verified in one pass and taken back where they are wrong."""
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, config):
+        expected = single_answers(family, inputs, do_sample=False)
+        actual = single_answers(family, inputs, do_sample=False, assistant_model=family.fresh().model)
+    assert torch.equal(actual, expected)
+
+
+def test_sparse_prefill_leaves_other_passes_alone(family: Family) -> None:
+    """Static caches and masks of the caller's own are computed by the model's own attention."""
+    inputs = family.inputs(PROMPT)
+    config = config_of(("attention", "sliding_vertical"), REDUCED["attention", "sliding_vertical"])
+    static = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+    expected = single_answers(family, inputs, **static)
+    with patched(family.model, config):
+        assert torch.equal(single_answers(family, inputs, **static), expected)
+        assert not torch.equal(single_answers(family, inputs, do_sample=False), expected)
+    if not family.stacks_videos:
+        return  # transformers itself takes no such mask where it computes M-RoPE
+    length = inputs["input_ids"].shape[1]
+    own = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    own[..., 4:9] = False
+    own[..., torch.arange(length), torch.arange(length)] = True
+    with torch.inference_mode():
+        expected_own = family.model(**{**inputs, "attention_mask": own}).logits
+        with patched(family.model, config):
+            assert torch.equal(family.model(**{**inputs, "attention_mask": own}).logits, expected_own)
+
+
+def test_nested_patches(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, "evs"):
+        outer = family.logits(inputs)
+        with patched(family.model, "random"):
+            assert not torch.equal(family.logits(inputs), outer)
+        assert torch.equal(family.logits(inputs), outer)
+    assert "_spatiotoken" not in family.model.__dict__
+
+
+def test_no_mark_in_any_output(family: Family) -> None:
+    inputs = family.inputs([("image", "nasa"), *PROMPT])
+    with patched(family.model, load_config(COMBINED["light"], images=True)), torch.inference_mode():
+        output = family.model(**inputs, output_hidden_states=True)
+    flat = [output.logits, *output.hidden_states]
+    flat += [
+        x for name in ("image_hidden_states", "video_hidden_states") if (x := getattr(output, name, None)) is not None
+    ]
+    assert all(torch.isfinite(x).all() for x in flat) and len(flat) >= 6
+
+
+def test_text_conversation_beside_a_video_conversation(family: Family) -> None:
+    text = family.inputs(["How many people are there in the room?"])
+    again = family.processor.tokenizer(" And then?", return_tensors="pt").input_ids
+    with patched(family.model, "evs"):
+        answers = []
+        for disturbed in (False, True):
+            first = family.generate(text)
+            if disturbed:
+                family.generate(family.inputs(PROMPT))
+            ids = torch.cat([first.sequences, again], dim=1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            answers.append(family.generate(turn, past_key_values=first.past_key_values))
+    assert torch.equal(torch.stack(answers[0].scores), torch.stack(answers[1].scores))
+
+
+def test_core_and_features_as_tuples(family: Family) -> None:
+    inputs = family.inputs(PROMPT)
+    with patched(family.model, "evs"), torch.inference_mode():
+        core = family.model.model(**inputs, return_dict=False)
+        assert isinstance(core, tuple) and core[0].shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_training(family: Family) -> None:
+    """Gradients flow through a patched model, also with gradient checkpointing."""
+    fresh = family.fresh()
+    inputs = fresh.inputs(PROMPT)
+    fresh.model.train()
+    grads = []
+    with patched(fresh.model, COMBINED["light"]):
+        for checkpointing in (False, True):
+            if checkpointing:
+                # Renamed after transformers 5.17.
+                new_name = getattr(fresh.model, "activation_checkpointing_enable", None)
+                (new_name or fresh.model.gradient_checkpointing_enable)()
+            fresh.model.zero_grad()
+            fresh.model(**inputs).logits[:, -1].logsumexp(-1).sum().backward()
+            grads.append([p.grad.clone() for p in fresh.model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 20
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
+
+
+def test_chunk_that_loses_everything(family: Family) -> None:
+    """With chunked prefill, which transformers has for encoded pictures, a chunk may keep no row."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[1]) < 23:
+        return  # 5.17 does not split prompts with pictures
+    inputs = family.inputs(PROMPT)
+    for config in (
+        config_of(("frames", "uniform"), {"num_frames": 1}),
+        config_of(("tokens", "evs"), {"retention": 0.3}),
+    ):
+        with patched(family.model, config):
+            expected = family.generate(inputs)
+            actual = family.generate(inputs, prefill_chunk_size=4)
+        torch.testing.assert_close(actual.scores[0], expected.scores[0], atol=2e-4, rtol=1e-4)
