@@ -17,7 +17,7 @@ $(VENV)/.done: pyproject.toml
 
 demo: setup
 	$(BIN)/spatiotoken run --video tests/data/flipping_a_pancake.mkv --question "What is the person doing?" \
-		--config balanced --num-frames 16 --max-new-tokens 16
+		--config balanced --num-frames 96 --max-new-tokens 16
 
 test: setup
 	$(BIN)/python -m pytest -n 2
@@ -38,7 +38,7 @@ lint: setup typecheck
 
 # Installed as a wheel lays it out, since the type checker cannot follow `patches/` into the package.
 typecheck: setup
-	rm -rf build/typecheck
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 

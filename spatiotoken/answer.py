@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -30,6 +29,10 @@ DTYPES: dict[str, Dtype] = {
 
 class ModelLoadError(ValueError):
     """A model that cannot be loaded or is not supported; the message names it and the cause, in one line."""
+
+
+class PromptError(ValueError):
+    """A question or video that the model's processor refuses."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,26 @@ def load_model(
             raise ValueError("it has no video processor")
         if processor.chat_template is None:
             raise ValueError("its processor has no chat template")
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelLoadError(f"cannot load model {str(model)!r}: {' '.join(str(error).split())}") from error
+        loaded: Any
+        loaded, loading = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        if loading["missing_keys"]:
+            some = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"the checkpoint lacks {len(loading['missing_keys'])} weights: {some}, …")
+    except Exception as error:  # whatever transformers makes of a foreign folder: each kind of damage has its own
+        raise ModelLoadError(f"cannot load model {str(model)!r}: {' '.join(str(error).split())[:500]}") from error
     return loaded.to(device or torch.device("cpu")).eval(), processor
 
 
 def video_metadata(video: Video) -> dict[str, Any]:
-    """What processors want to know of a video whose frames were already chosen."""
+    """What processors want to know of a video whose frames were already chosen.
+
+    They take a frame's time to be its index over the frame rate. That is wrong where the rate varies, so the times are
+    given as indices of a video of 1000 frames a second.
+    """
     return {
-        "fps": video.metadata.fps,
-        "frames_indices": list(video.indices),
-        "total_num_frames": video.metadata.num_frames,
+        "fps": 1000.0,
+        "frames_indices": [round(1000 * second) for second in video.timestamps.tolist()],
+        "total_num_frames": max(1, round(1000 * video.metadata.duration)),
     }
 
 
@@ -135,9 +146,14 @@ def answer_video(
     """Ask a patched model (by ``dense`` to reduce nothing), with greedy decoding.
 
     Raises:
+        PromptError: the processor refuses question or video.
         ValueError: the model is not patched.
     """
-    inputs = prepare_inputs(processor, video.frames, question, video_metadata(video)).to(model.device, model.dtype)
+    try:
+        inputs = prepare_inputs(processor, video.frames, question, video_metadata(video))
+    except ValueError as error:
+        raise PromptError(f"the model's processor refuses this prompt: {' '.join(str(error).split())}") from error
+    inputs = inputs.to(model.device, model.dtype)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     report = last_report(model)

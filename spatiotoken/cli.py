@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spatiotoken.config import PatchConfig
     from spatiotoken.video import Video
 
-DEFAULT_FRAMES = 16
+DEFAULT_FRAMES = 64
 
 # Newer versions of typer bring a click of their own, so its errors are found through one that typer exports.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -165,7 +165,7 @@ def _answer(
 ) -> tuple[Answer, str]:
     from transformers.utils import logging
 
-    from spatiotoken.answer import ModelLoadError, answer_video, resolve_device, resolve_dtype
+    from spatiotoken.answer import ModelLoadError, PromptError, answer_video, resolve_device, resolve_dtype
     from spatiotoken.patching import patch_model
     from spatiotoken.video import BackendUnavailableError, VideoReadError
 
@@ -182,7 +182,7 @@ def _answer(
         loaded, processor = _load(model, dtype, device)
     with _bad_input(ValueError):
         patch_model(loaded, config)
-    with console.status("generating the answer"):
+    with _bad_input(PromptError), console.status("generating the answer"):
         answer = answer_video(loaded, processor, video, question, max_new_tokens=max_new_tokens)
     return answer, loaded.config.model_type
 

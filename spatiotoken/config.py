@@ -133,12 +133,23 @@ def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read config {str(path)!r}: {error}") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be a mapping of keys, not {type(data).__name__}")
     return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe, and refuses a key that is given twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _preset_text(name: str) -> str:

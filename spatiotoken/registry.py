@@ -13,7 +13,7 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 STAGES = ("frames", "tokens", "layers", "attention")
 """Stages that can be configured, in the order in which the data passes them."""
@@ -93,6 +93,13 @@ class Method(BaseModel):
     name: ClassVar[str]
     paper: ClassVar[str | None] = None
     """arXiv id of the paper, if there is one."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{info.field_name}: {value} is not a number")
+        return value
 
     # Not `name=`: on Python 3.10 that is the metaclass's own argument.
     def __init_subclass__(cls, method: str | None = None, paper: str | None = None, **kwargs: Any) -> None:

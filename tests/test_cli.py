@@ -183,7 +183,7 @@ def test_half_precision(model: Path) -> None:
 
 def test_default_frames(model: Path) -> None:
     data = run_json("--model", str(model), "--video", PANCAKE, "--config", "dense")
-    assert data["frames"]["indices"] == list(load_video(PANCAKE, num_frames=16).indices)
+    assert data["frames"]["indices"] == list(load_video(PANCAKE, num_frames=64).indices)
 
 
 def test_subprocess_without_a_model_prints_one_json_object() -> None:

@@ -48,6 +48,9 @@ BAD: list[tuple[Any, dict[str, Any], list[str]]] = [
     ({"tokens": 5}, {}, ["tokens", "5"]),
     ({"tokenz": {"method": "evs"}}, {}, ["'tokenz'", "tokens"]),
     ({"tokens": {"method": "fastv"}}, {}, ["'fastv'", "'tokens'", "evs"]),
+    ({"tokens": {"method": "evs", "retention": True}}, {}, ["retention", "True is not a number"]),
+    ({"tokens": "evs"}, {"tokens.retention": 0.5}, ["tokens.retention", "'evs'", "'method'"]),
+    (None, {}, ["a preset's name", "None"]),
     ({"images": "perhaps"}, {}, ["images", "perhaps"]),
     ({}, {"tokens.retention": 0.5}, ["tokens.retention", "tokens.method"]),
     ({}, {"tokenz.retention": 0.5}, ["tokenz", "frames, tokens, layers, attention"]),
@@ -68,7 +71,12 @@ def test_wrong_configs_say_what_is_allowed(config: Any, overrides: dict[str, Any
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("tokens: {method: evs", "not valid YAML"), ("- 1\n- 2", "must be a mapping"), ("", "must be a mapping")],
+    [
+        ("tokens: {method: evs}\ntokens: {method: random}", "'tokens' is given twice"),
+        ("tokens: {method: evs", "not valid YAML"),
+        ("- 1\n- 2", "must be a mapping"),
+        ("", "must be a mapping"),
+    ],
 )
 def test_wrong_files(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "wrong.yaml"
@@ -88,6 +96,15 @@ def test_yaml_cannot_build_objects(tmp_path: Path) -> None:
     path.write_text("tokens: !!python/object/apply:os.system ['true']")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(path)
+
+
+def test_order_of_overrides() -> None:
+    for keys in (("tokens", "tokens.method", "tokens.retention"), ("tokens.retention", "tokens.method", "tokens")):
+        values = {"tokens": {"method": "random"}, "tokens.method": "evs", "tokens.retention": 0.7}
+        config = load_config({}, **{key: values[key] for key in keys})
+        assert config.to_dict()["tokens"] == {"method": "evs", "retention": 0.7}
+    built = load_config({"tokens": DivPrune(retention=0.5)}, **{"tokens.retention": 0.7})
+    assert built.tokens == DivPrune(retention=0.7)
 
 
 def test_schema_describes_every_method() -> None:

@@ -83,7 +83,7 @@ class DecordReader(VideoReader):
             yield torch.from_numpy(frame.asnumpy()).permute(2, 0, 1), self._times[index]
 
     def close(self) -> None:
-        del self._reader
+        self.__dict__.pop("_reader", None)
 
     def _restart(self) -> None:
         with self._named_errors():

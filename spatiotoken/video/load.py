@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +17,10 @@ from .types import Video, VideoMetadata, read_error
 
 if TYPE_CHECKING:
     from spatiotoken.structures import FrameChoice, Frames
+
+
+_MAX_FPS = 1000
+"""More than any camera's rate; beyond it a typing error would fill the memory with times."""
 
 
 class FrameSelector(Protocol):
@@ -73,9 +79,7 @@ def load_video(
             _check_enough(about, num_frames)
             chosen = [(2 * i + 1) * about.num_frames // (2 * num_frames) for i in range(num_frames)]
         elif fps is not None:
-            times = _times(about.duration, fps)
-            _check_enough(about, len(times))
-            chosen = _unique(reader.shown_at(times))
+            chosen = _unique(reader.shown_at(_times(about.duration, fps)))
         else:
             chosen = list(range(about.num_frames))
         return _read(reader, chosen)
@@ -94,11 +98,12 @@ def _check_arguments(
         raise ValueError(f"give at most one of num_frames, fps, indices and selector, not {' and '.join(given)}")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps must be positive, not {fps}")
-    if not candidate_fps > 0:
-        raise ValueError(f"candidate_fps must be positive, not {candidate_fps}")
+    for name, rate in (("fps", fps), ("candidate_fps", candidate_fps)):
+        if rate is not None and not 0 < rate <= _MAX_FPS:
+            raise ValueError(f"{name} must be positive and at most {_MAX_FPS}, not {rate}")
     if indices is not None:
+        for index in indices:
+            operator.index(index)
         if len(indices) == 0:
             raise ValueError("indices must not be empty")
         if indices[0] < 0 or any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
@@ -112,11 +117,8 @@ def _check_enough(about: VideoMetadata, asked: int) -> None:
 
 def _times(duration: float, fps: float) -> list[float]:
     """0, 1/fps, 2/fps, ... seconds, before the end of the video and at least one."""
-    times = [0.0]
     # A time nearer the end than float arithmetic can tell is the end.
-    while len(times) / fps < duration - 1e-6:
-        times.append(len(times) / fps)
-    return times
+    return [step / fps for step in range(max(1, math.ceil((duration - 1e-6) * fps)))]
 
 
 def _unique(ascending: list[int]) -> list[int]:

@@ -80,10 +80,12 @@ class PyAVReader(VideoReader):
             yield
         except self._av.FFmpegError as error:
             raise read_error(self._path, f"{error.strerror} ({type(error).__name__})") from error
+        except UnicodeDecodeError as error:  # text within a damaged stream that FFmpeg would log
+            raise read_error(self._path, f"it is damaged ({error})") from error
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         with self._named_errors():
-            container = self._av.open(self._path)
+            container = self._av.open(self._path, metadata_errors="replace")  # titles may be in any encoding
         cover = self._av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
         if not streams:

@@ -33,7 +33,7 @@ _HIDDEN_PICTURE_CODECS = {"vp8"}
 
 
 class TorchCodecReader(VideoReader):
-    """Reading with torchcodec's `seek_mode="exact"`, where that is exact.
+    """Reading with torchcodec's `seek_mode="exact"`, where that is exact. It conceals damage within a stream.
 
     Refused with NotExactError: containers other than MP4/MOV and Matroska/WebM (MPEG-TS cannot be decoded, AVI gives
     wrong frames), streams that may be cover art, VP8, and files whose first frame cannot be decoded, where every
@@ -65,6 +65,8 @@ class TorchCodecReader(VideoReader):
             raise BackendUnavailableError(
                 "backend 'torchcodec' needs a newer torchcodec: this one does not turn frames"
             )
+        if round(about.rotation or 0) % 90:
+            raise NotExactError(f"{path}: torchcodec does not turn frames by {about.rotation} degrees")
         if abs(first.pts_seconds - self._begin) > 1e-9:
             raise NotExactError(f"{path}: torchcodec cannot decode the first frame, so its frame indices are off")
         if ends_early(about.num_frames_from_header, about.duration_seconds_from_header, frames, duration):
@@ -101,7 +103,7 @@ class TorchCodecReader(VideoReader):
             yield frame.data, time
 
     def close(self) -> None:
-        del self._decoder
+        self.__dict__.pop("_decoder", None)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 import wave
@@ -97,7 +98,7 @@ def test_mp4_whose_end_is_missing(backend, clips, tmp_path):
 def test_fewer_frames_than_asked(backend, data):
     path = data / "video_90.mov"
     one_line_error(path, lambda: load_video(path, backend=backend, num_frames=4), "4 frames", "there are 3")
-    one_line_error(path, lambda: load_video(path, backend=backend, fps=100), "10 frames", "there are 3")
+    assert load_video(path, backend=backend, fps=100).indices == (0, 1, 2), "each once, however often it is on screen"
     assert load_video(path, backend=backend, num_frames=3).indices == (0, 1, 2)
     with pytest.raises(ValueError, match=r"video_90.mov: index 3 is out of range, it has 3 frames"):
         load_video(path, backend=backend, indices=[0, 3])
@@ -110,6 +111,9 @@ def test_fewer_frames_than_asked(backend, data):
         ({"fps": 0}, "fps must be positive"),
         ({"fps": -1.0}, "fps must be positive"),
         ({"fps": float("nan")}, "fps must be positive"),
+        ({"fps": float("inf")}, "fps must be positive and at most 1000"),
+        ({"fps": 1e9}, "fps must be positive and at most 1000"),
+        ({"candidate_fps": float("inf")}, "candidate_fps must be positive and at most 1000"),
         ({"candidate_fps": 0}, "candidate_fps must be positive"),
         ({"indices": []}, "must not be empty"),
         ({"indices": [-1, 2]}, "strictly increasing and not negative"),
@@ -125,7 +129,7 @@ def test_impossible_arguments(arguments, message, data):
 
 
 def test_unknown_backend(data):
-    with pytest.raises(ValueError, match="unknown video backend 'opencv'; supported: 'auto', 'torchcodec', 'pyav'"):
+    with pytest.raises(ValueError, match="unknown video backend 'opencv'; supported: 'auto', 'pyav', 'torchcodec'"):
         load_video(data / "video_90.mov", backend="opencv")
 
 
@@ -140,13 +144,13 @@ def test_auto_takes_the_first_that_is_installed(monkeypatch, data):
     path = data / "video_90.mov"
     for module in ("torchcodec.decoders", "av", "decord"):
         pytest.importorskip(module, exc_type=(ImportError, RuntimeError))
-    assert probe_video(path).backend == "torchcodec"
-    hide(monkeypatch, "torchcodec")
     assert probe_video(path).backend == "pyav"
     hide(monkeypatch, "av")
+    assert probe_video(path).backend == "torchcodec"
+    hide(monkeypatch, "torchcodec")
     assert load_video(path, num_frames=1).metadata.backend == "decord"
     hide(monkeypatch, "decord")
-    with pytest.raises(ImportError, match="pip install torchcodec.*pip install av.*pip install decord"):
+    with pytest.raises(ImportError, match="pip install av.*pip install torchcodec.*pip install decord"):
         probe_video(path)
 
 
@@ -163,14 +167,44 @@ def test_torchcodec_that_cannot_load_ffmpeg_counts_as_missing(error, monkeypatch
         raise error("Could not load libtorchcodec.\n libavutil.so.60: not found")
 
     monkeypatch.setattr("spatiotoken.video.torchcodec.import_module", broken)
-    assert probe_video(data / "video_90.mov").backend == "pyav"
+    hide(monkeypatch, "av")
+    assert probe_video(data / "video_90.mov").backend == "decord"
     with pytest.raises(ImportError, match="backend 'torchcodec' needs .*libavutil.so.60: not found"):
         probe_video(data / "video_90.mov", "torchcodec")
 
 
-def test_auto_goes_on_where_torchcodec_is_not_exact(clips):
-    assert probe_video(clips.path("open.ts")).backend == "pyav"
-    assert probe_video(clips.path("bframes.avi")).backend == "pyav"
+def test_auto_without_pyav_refuses_what_torchcodec_is_not_exact_on(clips, monkeypatch):
+    pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, RuntimeError))
+    path = clips.path("open.ts")
+    hide(monkeypatch, "av")
+    with pytest.raises(VideoReadError, match=r"open\.ts: .*pip install av"):
+        probe_video(path)
+
+
+def test_damage_within_a_stream_is_seen(clips, tmp_path):
+    """Which torchcodec and decord conceal; so PyAV comes first."""
+    whole = bytearray(Path(clips.path("open.mp4")).read_bytes())
+    start = whole.index(b"mdat") + 64
+    whole[start : start + 20_000 : 97] = bytes(b ^ 0xFF for b in whole[start : start + 20_000 : 97])
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(whole)
+    with pytest.raises(VideoReadError, match="damaged.mp4"):
+        load_video(damaged)
+
+
+def test_odd_names(data, tmp_path, monkeypatch):
+    """FFmpeg would read a protocol from the first, and an option from the second."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("http:clip.mov", "-i.mov", "clip one.mov", "vidéo.mov"):
+        (tmp_path / name).write_bytes((data / "video_90.mov").read_bytes())
+        assert load_video(name).indices == (0, 1, 2)
+        assert load_video(os.fsencode(name)).indices == (0, 1, 2)
+
+
+def test_a_reader_may_be_closed_twice(backend, data):
+    reader = open_reader(data / "video_90.mov", backend)
+    reader.close()
+    reader.close()
 
 
 def test_auto_never_resorts_to_decord_for_a_file_others_refuse(monkeypatch, data):

@@ -1,0 +1,5 @@
+"""``python -m spatiotoken``."""
+
+from spatiotoken.cli import main
+
+main()
