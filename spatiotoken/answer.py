@@ -99,8 +99,8 @@ def load_model(
             raise ValueError("it has no video processor")
         if processor.chat_template is None:
             raise ValueError("its processor has no chat template")
-        loaded: Any
-        loaded, loading = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        with_info: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        loaded, loading = with_info
         if loading["missing_keys"]:
             some = ", ".join(sorted(loading["missing_keys"])[:3])
             raise ValueError(f"the checkpoint lacks {len(loading['missing_keys'])} weights: {some}, …")
