@@ -196,6 +196,9 @@ class SequenceStages:
             arguments["position_ids"] = None
         arguments |= forward.overrides
         if index in self.prune_layers and forward.rows is not None:
+            if self.layers[index].training and getattr(self.layers[index], "gradient_checkpointing", False):
+                # Layers would be computed again later, when what they were to drop is no longer known.
+                raise ValueError("gradient checkpointing does not work with a `layers` method: use `model.eval()`")
             hidden = self._prune(forward, index, hidden, arguments)
         if index in forward.masks:
             arguments["attention_mask"] = forward.masks[index]
