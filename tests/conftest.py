@@ -115,6 +115,14 @@ def families(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Video]) 
     return loaded
 
 
+@pytest.fixture(params=[name for name in TINY_MODEL_TYPES if name.startswith("llava")])
+def llava(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
+    """Each family without M-RoPE, whose parts of a prompt can be run one after the other by plain forwards."""
+    chosen = families[request.param]
+    yield chosen
+    unpatch_model(chosen.model)
+
+
 @pytest.fixture(params=TINY_MODEL_TYPES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family in turn; its model is left unpatched."""

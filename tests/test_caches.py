@@ -99,22 +99,20 @@ def test_copied_cache(family: Family, config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_second_turn_brings_another_video(family: Family, config: Any) -> None:
+def test_second_turn_brings_another_video(llava: Family, config: Any) -> None:
     """A cache that is shorter already grows by a prompt that is cut too: as one prompt with both."""
-    if not family.stacks_videos:
-        return  # transformers computes M-RoPE of a later video in 5.23 only; see the limits in README
-    with patched(family.model, config, **({"layers.retention": 1.0} if config.layers else {})):
-        both = family.inputs([*PROMPT, "Now:", ("video", "nasa", 8), "And this?"])
+    with patched(llava.model, config, **({"layers.retention": 1.0} if config.layers else {})):
+        both = llava.inputs([*PROMPT, "Now:", ("video", "nasa", 8), "And this?"])
         first_pixels = both["pixel_values_videos"][:1]
         ids = both["input_ids"]
-        is_video = (ids[0] == family.model.config.video_token_id).nonzero()[:, 0]
+        is_video = (ids[0] == llava.model.config.video_token_id).nonzero()[:, 0]
         cut = int(is_video[len(is_video) // 2]) - 2
-        expected = family.logits(both)[:, -1]
+        expected = llava.logits(both)[:, -1]
         with torch.inference_mode():
-            cache = family.model(
+            cache = llava.model(
                 input_ids=ids[:, :cut], pixel_values_videos=first_pixels, use_cache=True
             ).past_key_values
-            actual = family.model(
+            actual = llava.model(
                 input_ids=ids[:, cut:], pixel_values_videos=both["pixel_values_videos"][1:], past_key_values=cache
             ).logits[:, -1]
     if config.layers is None:
@@ -124,18 +122,16 @@ def test_second_turn_brings_another_video(family: Family, config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_video_after_a_cached_prefix(family: Family, config: Any) -> None:
+def test_video_after_a_cached_prefix(llava: Family, config: Any) -> None:
     """A prefix without pictures is cached as usual; the prompt with the video is cut, as one prompt would be."""
-    if not family.stacks_videos:
-        return  # as above
-    inputs = family.inputs(["A long instruction that every question shares.", *PROMPT])
+    inputs = llava.inputs(["A long instruction that every question shares.", *PROMPT])
     ids = inputs["input_ids"]
-    with patched(family.model, config), torch.inference_mode():
-        expected = family.model(**inputs).logits
-        cache = family.model(input_ids=ids[:, :8], use_cache=True).past_key_values
+    with patched(llava.model, config), torch.inference_mode():
+        expected = llava.model(**inputs).logits
+        cache = llava.model(input_ids=ids[:, :8], use_cache=True).past_key_values
         assert type(cache.layers[0]) is not LogicalLayer
         rest = {**inputs, "input_ids": ids[:, 8:], "attention_mask": inputs["attention_mask"]}
-        actual = family.model(**rest, past_key_values=cache).logits
+        actual = llava.model(**rest, past_key_values=cache).logits
     torch.testing.assert_close(actual, expected[:, 8:], atol=2e-4, rtol=1e-4)
     assert cache.get_seq_length() == ids.shape[1] > cache.layers[-1].physical_length
 
@@ -348,15 +344,13 @@ def test_gathered_logits_keep_their_places(family: Family) -> None:
         torch.testing.assert_close(family.model.lm_head(core), everything)
 
 
-def test_inputs_embeds_instead_of_ids(family: Family) -> None:
-    inputs = family.inputs(PROMPT)
-    config = config_of(("tokens", "evs"), {"retention": 0.3})
-    with patched(family.model, config):
-        expected = family.logits(inputs)
-        embeds = family.model.get_input_embeddings()(inputs["input_ids"])
-        if family.stacks_videos:
-            rest = {key: value for key, value in inputs.items() if key != "input_ids"}
-            torch.testing.assert_close(family.logits({**rest, "inputs_embeds": embeds}), expected)
+def test_inputs_embeds_instead_of_ids(llava: Family) -> None:
+    inputs = llava.inputs(PROMPT)
+    with patched(llava.model, config_of(("tokens", "evs"), {"retention": 0.3})):
+        expected = llava.logits(inputs)
+        embeds = llava.model.get_input_embeddings()(inputs["input_ids"])
+        rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+        torch.testing.assert_close(llava.logits({**rest, "inputs_embeds": embeds}), expected)
 
 
 def test_nan_features_are_refused(family: Family) -> None:
@@ -431,48 +425,44 @@ def test_patched_models_are_collected(families: dict[str, Family]) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_padded_prefix_in_a_plain_cache(family: Family, config: Any) -> None:
+def test_padded_prefix_in_a_plain_cache(llava: Family, config: Any) -> None:
     """Rows that were cached before anything was dropped keep their padding."""
-    if not family.stacks_videos:
-        return  # as above
     samples = [["Hi.", *PROMPT], ["A much longer instruction comes first.", ("video", "nasa", 8), QUESTION]]
-    batch = family.inputs(*samples)
+    batch = llava.inputs(*samples)
     ids, mask, cut = batch["input_ids"], batch["attention_mask"], 10
     assert not mask[0, :4].any()
-    with patched(family.model, config), torch.inference_mode():
-        cache = family.model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True).past_key_values
+    with patched(llava.model, config), torch.inference_mode():
+        cache = llava.model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True).past_key_values
         rest = {**batch, "input_ids": ids[:, cut:]}
         positions = torch.arange(cut, ids.shape[1])[None]
-        actual = family.model(**rest, position_ids=positions, past_key_values=cache).logits
-        expected = family.model(**batch, position_ids=torch.arange(ids.shape[1])[None]).logits
+        actual = llava.model(**rest, position_ids=positions, past_key_values=cache).logits
+        expected = llava.model(**batch, position_ids=torch.arange(ids.shape[1])[None]).logits
     for row in range(2):
         real = mask[row, cut:].bool()
         torch.testing.assert_close(actual[row][real], expected[row, cut:][real], atol=2e-4, rtol=1e-4)
 
 
-def test_unreduced_pictures_on_a_pruned_cache(family: Family) -> None:
+def test_unreduced_pictures_on_a_pruned_cache(llava: Family) -> None:
     """A turn whose picture stays whole is on the cache's record like any other."""
-    if not family.stacks_videos:
-        return  # as above
     config = config_of(("tokens", "evs"), {"retention": 0.3})
     then = [("image", "nasa"), "And this?"]  # the same in both, so that it begins at the same row
     samples = [
         ["Hi.", ("video", "pancake", 8), *then],
         ["A much longer instruction first.", ("video", "nasa", 8), *then],
     ]
-    batch = family.inputs(*samples)
+    batch = llava.inputs(*samples)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    is_image = ids == family.model.config.image_token_id
+    is_image = ids == llava.model.config.image_token_id
     cut = int(is_image.long().argmax(dim=1).min())
-    assert not (ids[:, cut:] == family.model.config.video_token_id).any()
-    with patched(family.model, config), torch.inference_mode():
-        expected = family.logits({**batch, "position_ids": torch.arange(ids.shape[1])[None]})
+    assert not (ids[:, cut:] == llava.model.config.video_token_id).any()
+    with patched(llava.model, config), torch.inference_mode():
+        expected = llava.logits({**batch, "position_ids": torch.arange(ids.shape[1])[None]})
         pixels = {"pixel_values_videos": batch["pixel_values_videos"]}
         first = {**pixels, "input_ids": ids[:, :cut], "attention_mask": mask[:, :cut]}
-        cache = family.model(**first, position_ids=torch.arange(cut)[None], use_cache=True).past_key_values
+        cache = llava.model(**first, position_ids=torch.arange(cut)[None], use_cache=True).past_key_values
         rest = {k: v for k, v in batch.items() if k != "pixel_values_videos"} | {"input_ids": ids[:, cut:]}
         positions = torch.arange(cut, ids.shape[1])[None]
-        actual = family.model(**rest, position_ids=positions, past_key_values=cache).logits
+        actual = llava.model(**rest, position_ids=positions, past_key_values=cache).logits
     for row in range(2):
         real = mask[row, cut:].bool()
         torch.testing.assert_close(actual[row][real], expected[row, cut:][real], atol=2e-4, rtol=1e-4)
@@ -491,7 +481,7 @@ def test_assisted_generation(family: Family, config: Any) -> None:
 
 
 def test_sparse_prefill_leaves_other_passes_alone(family: Family) -> None:
-    """Static caches and masks of the caller's own are computed by the model's own attention."""
+    """A static cache hands over its whole buffer, which the model's own attention understands."""
     inputs = family.inputs(PROMPT)
     config = config_of(("attention", "sliding_vertical"), REDUCED["attention", "sliding_vertical"])
     static = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
@@ -499,16 +489,19 @@ def test_sparse_prefill_leaves_other_passes_alone(family: Family) -> None:
     with patched(family.model, config):
         assert torch.equal(single_answers(family, inputs, **static), expected)
         assert not torch.equal(single_answers(family, inputs, do_sample=False), expected)
-    if not family.stacks_videos:
-        return  # transformers itself takes no such mask where it computes M-RoPE
+
+
+def test_sparse_prefill_leaves_masks_of_the_caller_alone(llava: Family) -> None:
+    inputs = llava.inputs(PROMPT)
+    config = config_of(("attention", "sliding_vertical"), REDUCED["attention", "sliding_vertical"])
     length = inputs["input_ids"].shape[1]
     own = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     own[..., 4:9] = False
     own[..., torch.arange(length), torch.arange(length)] = True
     with torch.inference_mode():
-        expected_own = family.model(**{**inputs, "attention_mask": own}).logits
-        with patched(family.model, config):
-            assert torch.equal(family.model(**{**inputs, "attention_mask": own}).logits, expected_own)
+        expected = llava.model(**{**inputs, "attention_mask": own}).logits
+        with patched(llava.model, config):
+            assert torch.equal(llava.model(**{**inputs, "attention_mask": own}).logits, expected)
 
 
 def test_nested_patches(family: Family) -> None:
@@ -584,7 +577,7 @@ def test_chunk_that_loses_everything(family: Family) -> None:
     import transformers
 
     if int(transformers.__version__.split(".")[1]) < 23:
-        return  # 5.17 does not split prompts with pictures
+        pytest.skip("transformers 5.17 does not split prompts with pictures")
     inputs = family.inputs(PROMPT)
     for config in (
         config_of(("frames", "uniform"), {"num_frames": 1}),
