@@ -90,6 +90,10 @@ class ModelAdapter(ABC):
     def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         """What ``get_{kind}_features(**encoding)`` returns, item by item (``kind`` is "video" or "image")."""
 
+    def frames_per_unit(self, core: Any) -> int:
+        """Video frames that the tower takes as one temporal unit."""
+        return 1
+
     @abstractmethod
     def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
         """``[T, F]`` cheap appearance features of each video's temporal units, from the pixels alone."""

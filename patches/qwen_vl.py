@@ -21,6 +21,9 @@ class QwenVL(ModelAdapter):
         merge = core.visual.spatial_merge_size
         return [Item.of_grid((t, h // merge, w // merge)) for t, h, w in _grids(encoding, kind)]
 
+    def frames_per_unit(self, core: Any) -> int:
+        return core.config.vision_config.temporal_patch_size
+
     def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
         pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
         channels = core.config.vision_config.in_channels

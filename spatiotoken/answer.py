@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from spatiotoken.patches.adapter import ADAPTERS
+from spatiotoken.patches.adapter import ADAPTERS, find_adapter
 from spatiotoken.patching import last_report
 from spatiotoken.report import ForwardReport
 from spatiotoken.video import Video
@@ -170,7 +170,8 @@ def _frames_seen(model: PreTrainedModel, report: ForwardReport, frames: int) -> 
     """Rows of the frames in the temporal units that the in-model ``frames`` stage kept."""
     if report.frames is None:
         return list(range(frames))
-    # Qwen's towers take several frames as one unit, and processors fill the last unit by repeating a frame.
-    size = getattr(model.config.vision_config, "temporal_patch_size", 1)
+    adapter = find_adapter(model)
+    # Processors fill the last unit by repeating a frame.
+    size = adapter.frames_per_unit(adapter.core(model))
     (units,) = report.frames
     return [row for unit in units for row in range(unit * size, min((unit + 1) * size, frames))]

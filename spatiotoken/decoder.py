@@ -63,7 +63,10 @@ class SequenceStages:
         if is_logical(arguments.get("past_key_values")):
             return self._continue(original, arguments, forward)
         if not forward.recorder.dense_lengths:
-            self._record(forward, [embeds.shape[1]] * embeds.shape[0], [embeds.shape[1]] * embeds.shape[0])
+            batch, length = embeds.shape[:2]
+            self._record(forward, [length] * batch, [length] * batch)
+            if mask is not None and not forward.custom_mask:
+                forward.recorder.prompt = mask[:, -length:].sum()
         return original(**arguments)
 
     def _shorten(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
@@ -75,11 +78,11 @@ class SequenceStages:
         valid, earlier = embeds.new_ones(batch, length, dtype=torch.bool), None
         if mask is not None and not forward.custom_mask:
             valid = mask[:, -length:].bool()
-            earlier = mask[:, : mask.shape[1] - length].bool()
+            earlier = mask[:, : mask.shape[1] - length].bool() if mask.shape[1] > length else None
         # Without a stage before the language model there is no mark to look for.
         kept = kept_rows(embeds) & valid if self.config.frames or self.config.tokens else valid
         visual = forward.visual & kept
-        # The only wait for the device: what is real, kept and visual of each sample, and the side of the padding.
+        # The one wait for the device: what is real, kept and visual of each sample, and the side of the padding.
         left_padded = valid[:, -1] | ~valid.any(1)
         counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), left_padded]
         real, lengths, before, counts, *padded = torch.stack(counted).tolist()

@@ -18,7 +18,7 @@ from spatiotoken.report import Recorder
 from spatiotoken.sequence import mark_dropped
 from spatiotoken.structures import Frames, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.downsample import mean_by_assignment
+from spatiotoken.tokens.merging import mean_by_assignment
 
 Choice = list[tuple[int, ...]]
 """Chosen temporal units of each video."""

@@ -333,6 +333,18 @@ def test_report_of_a_generation(family: Family) -> None:
         last_report(family.model)
 
 
+def test_padding_is_not_reported(family: Family) -> None:
+    """Neither of prompts with pictures, reduced or not, nor of text."""
+    text = family.inputs(["How many people are there in the room?"], ["What?"])
+    batch = family.inputs(PROMPT, ["Describe", ("video", "nasa", 8), "the scene in detail."])
+    for config in ("dense", "evs", "sliding_vertical"):
+        with patched(family.model, config):
+            for inputs in (text, batch):
+                family.logits(inputs)
+                assert last_report(family.model).prompt_tokens == int(inputs["attention_mask"].sum())
+                assert inputs["attention_mask"].sum() < inputs["attention_mask"].numel()
+
+
 def test_gathered_logits_keep_their_places(family: Family) -> None:
     """`logits_to_keep` and plain forwards agree on the rows that callers index."""
     inputs = family.inputs(PROMPT)

@@ -14,8 +14,9 @@ from spatiotoken.registry import METHODS
 from spatiotoken.structures import FrameChoice, Frames, LayerTokens, ReducedTokens, VideoFeatures
 from spatiotoken.tokens import TokenReducer
 from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
-from spatiotoken.tokens.downsample import Downsample, downsample_count, mean_by_assignment, pooled_grid
+from spatiotoken.tokens.downsample import Downsample, downsample_count, pooled_grid
 from spatiotoken.tokens.evs import EVS, evs_count, evs_mask
+from spatiotoken.tokens.merging import mean_by_assignment
 from spatiotoken.tokens.random import Random, random_count, random_selection
 
 GRIDS = [(1, 1, 1), (1, 5, 3), (4, 7, 7), (6, 8, 15), (3, 1, 9)]

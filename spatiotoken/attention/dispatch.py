@@ -69,8 +69,8 @@ def sparse_attention(
     queries, keys = query.shape[2], key.shape[2]
     # Rows that see earlier ones in a cache (decoding, further turns, candidates of assisted decoding, all rows with a
     # static cache) are no prefill of the whole, and a caller's own mask may be anything.
-    plain = queries == keys and forward is not None and not forward.custom_mask and kwargs.get("sliding_window") is None
-    if not plain or forward is None or patch.method.is_dense(queries, keys):
+    partial = queries != keys or kwargs.get("sliding_window") is not None
+    if forward is None or forward.custom_mask or partial or patch.method.is_dense(queries, keys):
         # Eager attention is no entry of the registry but a function of each model's module.
         eager = sys.modules[type(module).__module__].eager_attention_forward
         own = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)

@@ -8,6 +8,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.merging import mean_by_assignment
 
 
 def pooled_grid(height: int, width: int, retention: float) -> tuple[int, int]:
@@ -60,15 +61,3 @@ class Downsample(TokenReducer, method="downsample"):
         assignment = (time * h * w + row_cell.view(1, -1, 1) * w + column_cell).flatten()
         source = (time * height * width + row_middle.view(1, -1, 1) * width + column_middle).flatten()
         return ReducedTokens(mean_by_assignment(video.embeddings, assignment, source.shape[0]), source, assignment)
-
-
-def mean_by_assignment(values: Tensor, assignment: Tensor, count: int) -> Tensor:
-    """Mean of the rows of ``values [N, D]`` that go to each of ``count`` survivors; -1 goes nowhere.
-
-    Sums in float32. A survivor with a single member gets exactly that row; one with none gets zeros.
-    """
-    bucket = torch.where(assignment < 0, count, assignment)
-    total = values.new_zeros(count + 1, values.shape[1], dtype=torch.float32)
-    total.index_add_(0, bucket, values.float())
-    members = total.new_zeros(count + 1).index_add_(0, bucket, total.new_ones(bucket.shape[0]))
-    return (total / members.clamp(min=1)[:, None])[:count].to(values.dtype)
