@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from spatiotoken.probe.building import (
+    CHATML,
+    VICUNA,
+    Architecture,
+    Config,
+    build_config,
+    build_processor,
+    build_tokenizer,
+    end_tokens,
+)
 
-Config = dict[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 HEADS, KV_HEADS = 4, 2  # grouped-query attention, like the released checkpoints
 VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 32, 3, 2
@@ -41,54 +49,10 @@ At <0.5 seconds> the blue square moves to the corner; at <12.0 seconds> it stops
 The ball is thrown up, it comes back down, and the children laugh. Is the second clip longer than the first one?
 """
 
-# A chat template is this text with OPEN, CLOSE, IMAGE, VIDEO and GENERATION replaced by jinja expressions.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{- OPEN -}}"
-    "{%- if message.content is string -%}{{- message.content -}}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- IMAGE -}}"
-    "{%- elif part.type == 'video' -%}{{- VIDEO -}}"
-    "{%- elif part.type == 'text' -%}{{- part.text -}}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}{{- CLOSE -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- GENERATION -}}{%- endif -%}"
-)
-CHATML = {
-    "OPEN": r"'<|im_start|>' + message.role + '\n'",
-    "CLOSE": r"'<|im_end|>\n'",
-    "GENERATION": r"'<|im_start|>assistant\n'",
-}
-VICUNA = {"OPEN": "(message.role | upper) + ': '", "CLOSE": "' '", "GENERATION": "'ASSISTANT:'"}
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What tells one architecture from another; the settings that all share are in the `_build` functions."""
-
-    processor: str  # class names in `transformers`
-    image_processor: str
-    video_processor: str
-    image_token: str
-    video_token: str
-    eos_token: str
-    pad_token: str
-    chat: dict[str, str]  # the jinja expressions of CHAT_TEMPLATE
-    text: Config
-    vision: Config
-    other_tokens: tuple[str, ...] = ()
-    top: Config = field(default_factory=dict)  # top-level model settings
-    image_kwargs: Config = field(default_factory=dict)
-    video_kwargs: Config = field(default_factory=dict)
-    processor_kwargs: Config = field(default_factory=dict)
-
-    @property
-    def special_tokens(self) -> list[str]:
-        return [self.pad_token, self.eos_token, *self.other_tokens, self.image_token, self.video_token]
-
-
 # -------------------------------------------------------------------------------------------------------- the families
 
 
-def _qwen(name: str, video_name: str, patch: int, budget_frames: int, *, text: Config, vision: Config) -> _Family:
+def _qwen(name: str, video_name: str, patch: int, budget_frames: int, *, text: Config, vision: Config) -> Architecture:
     layout = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     token_pixels = (2 * patch) ** 2
 
@@ -98,7 +62,7 @@ def _qwen(name: str, video_name: str, patch: int, budget_frames: int, *, text: C
             "longest_edge": QWEN_MAX_TOKENS * token_pixels * frames,
         }
 
-    return _Family(
+    return Architecture(
         processor=f"{name}Processor",
         image_processor="Qwen2VLImageProcessor",
         video_processor=f"{video_name}VideoProcessor",
@@ -135,12 +99,12 @@ def _mrope(hidden: int, side: float, **extra: Any) -> Config:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section, **extra}}
 
 
-def _qwen2_vl(hidden: int) -> _Family:
+def _qwen2_vl(hidden: int) -> Architecture:
     vision = {"embed_dim": VISION_HIDDEN, "hidden_size": hidden, "mlp_ratio": 2}
     return _qwen("Qwen2VL", "Qwen2VL", PATCH, 1, text=_mrope(hidden, 3 / 8), vision=vision)
 
 
-def _qwen2_5_vl(hidden: int) -> _Family:
+def _qwen2_5_vl(hidden: int) -> Architecture:
     vision = {
         "hidden_size": VISION_HIDDEN,
         "intermediate_size": 2 * VISION_HIDDEN,
@@ -152,7 +116,7 @@ def _qwen2_5_vl(hidden: int) -> _Family:
     return _qwen("Qwen2_5_VL", "Qwen2VL", PATCH, 1, text=_mrope(hidden, 3 / 8), vision=vision)
 
 
-def _qwen3_vl(hidden: int) -> _Family:
+def _qwen3_vl(hidden: int) -> Architecture:
     vision = {
         "hidden_size": VISION_HIDDEN,
         "intermediate_size": 2 * VISION_HIDDEN,
@@ -166,8 +130,8 @@ def _qwen3_vl(hidden: int) -> _Family:
 
 def _llava(
     name: str, image_name: str, tower: str, *, text: Config, top: Config, size: Config, **others: Any
-) -> _Family:
-    return _Family(
+) -> Architecture:
+    return Architecture(
         processor=f"{name}Processor",
         image_processor=f"{image_name}ImageProcessor",
         video_processor=f"{name}VideoProcessor",
@@ -190,7 +154,7 @@ def _llava(
     )
 
 
-def _llava_onevision(hidden: int) -> _Family:
+def _llava_onevision(hidden: int) -> Architecture:
     select: Config = {"vision_feature_select_strategy": "full"}
     return _llava(
         "LlavaOnevision",
@@ -207,7 +171,7 @@ def _llava_onevision(hidden: int) -> _Family:
     )
 
 
-def _llava_next_video(hidden: int) -> _Family:
+def _llava_next_video(hidden: int) -> Architecture:
     select: Config = {"vision_feature_select_strategy": "default"}  # drops the CLS token
     return _llava(
         "LlavaNextVideo",
@@ -223,7 +187,7 @@ def _llava_next_video(hidden: int) -> _Family:
     )
 
 
-_FAMILIES: dict[str, Callable[[int], _Family]] = {
+_FAMILIES: dict[str, Callable[[int], Architecture]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -249,87 +213,40 @@ def build_tiny(
     if hidden_size % (16 * HEADS):
         raise ValueError(f"hidden_size must be a multiple of {16 * HEADS} (M-RoPE sections), got {hidden_size}")
     family = _FAMILIES[model_type](hidden_size)
-    processor = _build_processor(family)
-    model = _build_model(model_type, family, processor.tokenizer, seed, hidden_size, num_layers)
+    tokenizer = build_tokenizer(family, CORPUS.splitlines(), TEXT_VOCAB)
+    processor = build_processor(family, tokenizer)
+    model = _build_model(model_type, family, tokenizer, seed, hidden_size, num_layers)
     directory = Path(directory)
     processor.save_pretrained(directory)
     model.save_pretrained(directory)
     return directory
 
 
-def _build_tokenizer(family: _Family) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    # All bytes are in the alphabet, so any text can be written, and nothing normalises it on the way.
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=TEXT_VOCAB, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(CORPUS.splitlines(), trainer)
-    backend.add_special_tokens(family.special_tokens)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=family.eos_token,
-        pad_token=family.pad_token,
-        additional_special_tokens=[*family.other_tokens, family.image_token, family.video_token],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _build_processor(family: _Family) -> ProcessorMixin:
-    import transformers
-
-    template = CHAT_TEMPLATE
-    for name, expression in family.chat.items():
-        template = template.replace(f"{{{{- {name} -}}}}", f"{{{{- {expression} -}}}}")
-    return getattr(transformers, family.processor)(
-        image_processor=getattr(transformers, family.image_processor)(**family.image_kwargs),
-        tokenizer=_build_tokenizer(family),
-        video_processor=getattr(transformers, family.video_processor)(**family.video_kwargs),
-        chat_template=template,
-        **family.processor_kwargs,
-    )
-
-
 def _build_model(
-    model_type: str, family: _Family, tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int, num_layers: int
+    model_type: str,
+    family: Architecture,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    hidden_size: int,
+    num_layers: int,
 ) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    vocab = tokenizer.get_vocab()
-    ids: dict[str, int] = {token: vocab[token] for token in family.special_tokens}
-    token_ids = {"bos_token_id": None, "eos_token_id": ids[family.eos_token], "pad_token_id": ids[family.pad_token]}
-    image_key, video_key = "image_token_id", "video_token_id"
-    if "<image>" in ids:  # the LLaVA configs' own names, which the names above are aliases of
-        image_key, video_key = "image_token_index", "video_token_index"
-    top = {**family.top, image_key: ids[family.image_token], video_key: ids[family.video_token]}
-    if "<|vision_start|>" in ids:
-        top.update(vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
-    config = AutoConfig.for_model(
-        model_type,
-        text_config={
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": False,
-            **token_ids,
-            **family.text,
-        },
-        vision_config=dict(family.vision),
-        tie_word_embeddings=False,
-        **top,
-    )
+    text = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    }
+    config = build_config(model_type, family, tokenizer, text)
     with torch.random.fork_rng(devices=[]):  # constructors draw weights, which are all replaced below
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    _draw_weights(model, seed, unspoken=list(ids.values()))
-    model.generation_config.update(do_sample=False, **token_ids)
+    vocab = tokenizer.get_vocab()
+    _draw_weights(model, seed, unspoken=[vocab[token] for token in family.special_tokens])
+    model.generation_config.update(do_sample=False, **end_tokens(tokenizer))
     return model
 
 
