@@ -120,6 +120,10 @@ class SequenceStages:
             forward.masks = self._masks(cache, arguments["inputs_embeds"], rows.padding, 0)
         output = original(**arguments)
         self._record_cache(cache, forward, length)
+        if forward.rows is not rows:
+            remaining = torch.zeros_like(embeds[..., 0], dtype=torch.int64)
+            last = forward.rows.to(embeds.device)
+            forward.recorder.at_the_end = remaining.scatter_add_(1, last.index, last.valid.long()) > 0
         if shortened or forward.rows is not rows:
             tail = length if forward.tail is None else min(forward.tail, length)
             output.last_hidden_state = restore_rows(output.last_hidden_state, forward.rows, length, tail)

@@ -53,19 +53,24 @@ class FeatureStages:
         features = self.adapter.read(output)
         trailing = self._trailing(items, features[0].shape[0])
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=features[0].device)
+        bearers = torch.arange(features[0].shape[0], device=features[0].device)
         if self.config.tokens:
             if not torch.isfinite(features[0]).all():
                 raise ValueError(f"the {kind} features contain NaN or infinity: nothing can be selected by them")
             with recorder.span("tokens"):
-                features = reduce_tokens(self.config.tokens, features, keep, items, trailing, recorder)
+                features = reduce_tokens(self.config.tokens, features, keep, bearers, items, trailing, recorder)
         if chosen is not None:
             place = _full_rows(full, chosen, trailing, keep.device)
             total = sum(item.size + trailing for item in full)
             features = [x.new_zeros(total, x.shape[1]).index_copy_(0, place, x) for x in features]
             keep = keep.new_zeros(total).index_copy_(0, place, keep)
+            bearers = torch.where(bearers < 0, -1, place[bearers])
+            bearers = bearers.new_full((total,), -1).index_copy_(0, place, bearers)
         if chosen is not None or self.config.tokens:
             features[0] = mark_dropped(features[0], keep)
             self.adapter.write(output, features, [item.size + trailing for item in full])
+            if kind == "video":
+                recorder.bearers = bearers
         return output
 
     def _choose_frames(self, encoding: dict[str, Any], items: list[Item], recorder: Recorder) -> Choice | None:
@@ -97,13 +102,20 @@ class FeatureStages:
 
 
 def reduce_tokens(
-    method: TokenReducer, features: list[Tensor], keep: Tensor, items: list[Item], trailing: int, recorder: Recorder
+    method: TokenReducer,
+    features: list[Tensor],
+    keep: Tensor,
+    bearers: Tensor,
+    items: list[Item],
+    trailing: int,
+    recorder: Recorder,
 ) -> list[Tensor]:
     """Run a method on every grid of every item.
 
     Args:
         features: ``[rows, D]`` each; the method sees the first, the others are merged as it says.
         keep: ``[rows]``, set to False where a token is dropped.
+        bearers: ``[rows]``, set to the row that absorbed a token, -1 where none did.
 
     Returns:
         ``features`` with each survivor's value at the row of its source.
@@ -122,6 +134,7 @@ def reduce_tokens(
             survivors = rows[reduced.source]
             keep[rows] = False
             keep[survivors] = True
+            bearers[rows] = torch.where(reduced.assignment < 0, -1, survivors[reduced.assignment])
             values = [reduced.embeddings.to(features[0].dtype)]
             values += [mean_by_assignment(x[rows], reduced.assignment, count) for x in features[1:]]
             reduced_features = [

@@ -226,6 +226,7 @@ class _Patch:
         else:
             embeds = arguments["inputs_embeds"]
             image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
+        forward.recorder.video_places = video
         forward.recorder.visual = forward.recorder.visual_kept = (image | video).sum()
         if self.config.frames or self.config.tokens or self.config.layers:
             forward.visual = image | video if self.config.images else video

@@ -45,6 +45,9 @@ class ForwardReport:
         peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU, since the process began (or since
             ``torch.cuda.reset_peak_memory_stats``).
         frames: for each video of the prefill the kept temporal units, None where all were.
+        layer_tokens: how many tokens entered each decoder layer.
+        seen: for each sample and each of its video tokens (newlines included), whether the last decoder layer still had
+            it, itself or merged into another; None if nothing was reduced, or if the prompt came in chunks.
     """
 
     prompt_tokens: int
@@ -59,6 +62,8 @@ class ForwardReport:
     prefill_flops_dense: float
     peak_memory_bytes: int
     frames: tuple[tuple[int, ...], ...] | None
+    layer_tokens: tuple[int, ...]
+    seen: tuple[tuple[bool, ...], ...] | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +78,11 @@ class Recorder:
         self.visual: Tensor | int = 0
         self.visual_kept: Tensor | int = 0
         self.frames: tuple[tuple[int, ...], ...] | None = None
+        # For each row of the videos' features the row that stands for it, -1 where none does; None for itself.
+        self.bearers: Tensor | None = None
+        # ``[B, L]``: where those rows lie in the prompt, and which tokens of it left the last decoder layer.
+        self.video_places: Tensor | None = None
+        self.at_the_end: Tensor | None = None
         self.decode_steps = 0
         # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
         self.layer_lengths: list[list[int]] = [[] for _ in range(depth)]
@@ -119,7 +129,22 @@ class Recorder:
             prefill_flops_dense=_flops(layers, [self.dense_lengths] * len(layers)),
             peak_memory_bytes=peak_memory_bytes(self.device),
             frames=self.frames,
+            layer_tokens=tuple(sum(lengths) for lengths in self.layer_lengths),
+            seen=self._seen(),
         )
+
+    def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
+        places, bearers = self.video_places, self.bearers
+        if places is None or (bearers is None and self.at_the_end is None):
+            return None
+        alive = torch.ones_like(places) if self.at_the_end is None else self.at_the_end.to(places.device)
+        seen = alive[places]
+        if bearers is not None:
+            if bearers.shape != seen.shape:  # the prompt came in chunks
+                return None
+            bearers = bearers.to(seen.device)
+            seen = seen[bearers.clamp(min=0)] & (bearers >= 0)
+        return tuple(tuple(part.tolist()) for part in seen.split(places.sum(1).tolist()))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
