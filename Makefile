@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest lint typecheck format benchmark clean
+.PHONY: setup demo test test-slow test-oldest record-probe probe lint typecheck format benchmark clean
 
 setup: $(VENV)/.done
 
@@ -16,8 +16,7 @@ $(VENV)/.done: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/spatiotoken run --video tests/data/flipping_a_pancake.mkv --question "What is the person doing?" \
-		--config balanced --num-frames 96 --max-new-tokens 16
+	$(BIN)/spatiotoken run --config balanced
 
 test: setup
 	$(BIN)/python -m pytest -n 2
@@ -31,6 +30,14 @@ test-oldest: setup
 		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
 		tests/test_caches.py tests/probe
+
+# What the probe models answer, as the tests expect it: after a change that is meant to change it. Review the diff.
+record-probe: setup
+	$(BIN)/python -m tests.probe.recording
+
+# Accuracy against retention of every preset: docs/probe.md and docs/probe.png.
+probe: setup
+	$(BIN)/spatiotoken probe --all
 
 lint: setup typecheck
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,13 +129,26 @@ def prepare_inputs(processor: Any, frames: Tensor, question: str, metadata: Mapp
         frames: uint8 ``[T, 3, H, W]``; all of them are used.
         metadata: as ``video_metadata`` gives it.
     """
-    content = [{"type": "video"}, {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return prepare_batch(processor, [frames], [question], [metadata])
+
+
+def prepare_batch(
+    processor: Any, videos: Sequence[Tensor], questions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> Any:
+    """The model's inputs for several conversations of one turn each, padded on the left."""
+    prompts = []
+    for question in questions:
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        prompts.append(
+            processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        )
     return processor(
-        text=[prompt],
-        videos=[frames],
-        video_metadata=[dict(metadata)],
+        text=prompts,
+        videos=list(videos),
+        video_metadata=[dict(entry) for entry in metadata],
         do_sample_frames=False,
+        padding=True,
+        padding_side="left",
         return_tensors="pt",
     )
 

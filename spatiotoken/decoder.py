@@ -62,11 +62,12 @@ class SequenceStages:
             return self._shorten(original, arguments, forward)
         if is_logical(arguments.get("past_key_values")):
             return self._continue(original, arguments, forward)
-        if not forward.recorder.dense_lengths:
+        if len(forward.recorder.dense_lengths) == 0:
             batch, length = embeds.shape[:2]
-            self._record(forward, [length] * batch, [length] * batch)
+            lengths: list[int] | Tensor = [length] * batch
             if mask is not None and not forward.custom_mask:
-                forward.recorder.prompt = mask[:, -length:].sum()
+                lengths = mask[:, -length:].sum(1)
+            self._record(forward, lengths, lengths)
         return original(**arguments)
 
     def _shorten(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
@@ -180,7 +181,7 @@ class SequenceStages:
                 layer.record(length, rows.to(layer.keys.device))
                 layer.uneven = layer.uneven or len(forward.history) > 1
 
-    def _record(self, forward: Forward, lengths: list[int], real: list[int]) -> None:
+    def _record(self, forward: Forward, lengths: list[int] | Tensor, real: list[int] | Tensor) -> None:
         recorder = forward.recorder
         recorder.prompt, recorder.dense_lengths = sum(real), real
         recorder.layer_lengths = [lengths for _ in self.layers]

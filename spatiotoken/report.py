@@ -85,8 +85,8 @@ class Recorder:
         self.at_the_end: Tensor | None = None
         self.decode_steps = 0
         # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
-        self.layer_lengths: list[list[int]] = [[] for _ in range(depth)]
-        self.dense_lengths: list[int] = []
+        self.layer_lengths: list[list[int] | Tensor] = [[] for _ in range(depth)]
+        self.dense_lengths: list[int] | Tensor = []
         self._stages: dict[str, _Stage] = {}
         self._spans: dict[str, list[_Span]] = {}
 
@@ -111,6 +111,8 @@ class Recorder:
 
     def report(self, layers: nn.ModuleList) -> ForwardReport:
         prompt, visual = int(self.prompt), int(self.visual)
+        layer_lengths = [[int(n) for n in lengths] for lengths in self.layer_lengths]
+        dense_lengths = [[int(n) for n in self.dense_lengths]] * len(layers)
         stages = {
             name: StageReport(entry.method, int(entry.tokens_in), int(entry.tokens_out), self.milliseconds(name))
             for name in STAGES
@@ -125,11 +127,11 @@ class Recorder:
             prefill_ms=self.milliseconds("encode") + self.milliseconds("prefill"),
             decode_ms=self.milliseconds("decode"),
             decode_steps=self.decode_steps,
-            prefill_flops=_flops(layers, self.layer_lengths),
-            prefill_flops_dense=_flops(layers, [self.dense_lengths] * len(layers)),
+            prefill_flops=_flops(layers, layer_lengths),
+            prefill_flops_dense=_flops(layers, dense_lengths),
             peak_memory_bytes=peak_memory_bytes(self.device),
             frames=self.frames,
-            layer_tokens=tuple(sum(lengths) for lengths in self.layer_lengths),
+            layer_tokens=tuple(sum(lengths) for lengths in layer_lengths),
             seen=self._seen(),
         )
 
