@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,17 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from spatiotoken import __version__
+from spatiotoken import __version__, tables
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-    from spatiotoken.answer import Answer, Dtype
+    from spatiotoken.answer import Answer
     from spatiotoken.config import PatchConfig
+    from spatiotoken.probe.dataset import Example
     from spatiotoken.video import Video
 
 DEFAULT_FRAMES = 64
+PROBE_MODEL = "qwen2_5_vl"
 
 # Newer versions of typer bring a click of their own, so its errors are found through one that typer exports.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -124,14 +126,17 @@ def schema() -> None:
 
 @app.command()
 def run(
-    video: Annotated[str, typer.Option(help="video file")],
-    question: Annotated[str, typer.Option(help="what to ask about it")],
+    video: Annotated[
+        str | None, typer.Option(help="video file; without it and --model one is made whose answer is known")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="what to ask about it")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="model id or directory; without it a tiny one with random weights, which answers gibberish"),
+        typer.Option(help="model id or directory; without it a small one that comes along and knows coloured shapes"),
     ] = None,
     config: Annotated[str, typer.Option(help="a preset's name or the path of a .yaml file")] = "balanced",
     settings: _Set = None,
+    example: Annotated[int, typer.Option(min=0, help="number of the question, where a video is made")] = 0,
     num_frames: Annotated[
         int | None,
         typer.Option(min=1, help=f"frames to read; by default {DEFAULT_FRAMES}, or all if the video has fewer"),
@@ -141,50 +146,145 @@ def run(
     device: Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")] = "auto",
     as_json: _Json = False,
 ) -> None:
-    """Ask a question about a video."""
+    """Ask a question about a video. Without one: a made video, asked of the unpatched and of the patched model."""
     resolved = _resolve(config, settings)
+    if video is None and (model is not None or question is not None):
+        raise _USAGE_ERROR("--video is missing: only without --model and --question is a video made")
+    if video is not None and question is None:
+        raise _USAGE_ERROR("--question is missing")
+    before = None
     # Libraries that print do it on stderr: stdout is for the result alone.
-    with contextlib.redirect_stdout(sys.stderr):
-        answer, model_type = _answer(resolved, video, question, model, num_frames, max_new_tokens, dtype, device)
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
+        _quiet_libraries()
+        made = None
+        if video is None or question is None:
+            video, made = _make_video(directory, example)
+            question = made.question
+        with _bad_input(*_video_errors()), _status("reading the video"):
+            frames = _read(video, num_frames)
+        if model is None and made is None:
+            print("no --model given: using a small one that knows nothing but coloured shapes", file=sys.stderr)
+        loaded, processor = _load(model or PROBE_MODEL, dtype, device)
+        if made is not None:
+            # First passes are slow, and these times are to be compared.
+            for asked in (resolved, _resolve("dense", None)):
+                before = _answer(loaded, processor, asked, frames, question, max_new_tokens)
+            before = _answer(loaded, processor, _resolve("dense", None), frames, question, max_new_tokens)
+        answer = _answer(loaded, processor, resolved, frames, question, max_new_tokens)
     if as_json:
-        print(json.dumps(_answer_json(answer, {"name": config} | resolved.to_dict(), model_type), indent=2))
+        document = {"config": {"name": config} | resolved.to_dict(), "model_type": loaded.config.model_type}
+        if made is not None and before is not None:
+            document |= {"question": made.question, "expected": made.answer, "dense": _answer_json(before)}
+        print(json.dumps(_answer_json(answer) | document, indent=2))
+    elif made is not None and before is not None:
+        print(f"{made.question}  (the right answer: {made.answer})")
+        _stdout().print(tables.comparison_table(before, answer, config))
+    else:
+        print(answer.text)
+        _stdout().print(tables.report_table(answer, config))
+
+
+@app.command()
+def probe(
+    config: Annotated[str, typer.Option(help="a preset's name or the path of a .yaml file")] = "balanced",
+    settings: _Set = None,
+    model: Annotated[
+        str, typer.Option(help="a probe model (qwen2_5_vl or llava_onevision), or any model's id or directory")
+    ] = PROBE_MODEL,
+    limit: Annotated[int, typer.Option(min=1, help="how many questions; the families take turns")] = 1176,
+    num_frames: Annotated[int, typer.Option(min=8, help="frames of each video")] = 16,
+    every: Annotated[
+        bool, typer.Option("--all", help="every preset on both probe models, as a page and a picture in --output")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="directory of probe.md and probe.png")] = Path("docs"),
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Measure what a config costs in accuracy, on made videos whose answers are known."""
+    if every:
+        _probe_all(limit, num_frames, output)
         return
-    print(answer.text)
-    _stdout().print(_report_table(answer, config))
+    from spatiotoken.patching import patched
+    from spatiotoken.probe.evaluate import probe as measure
+
+    resolved = _resolve(config, settings)
+    with contextlib.redirect_stdout(sys.stderr):
+        _quiet_libraries()
+        loaded, processor = _load(model, dtype, device)
+        with _bad_input(ValueError), patched(loaded, resolved):
+            pass  # what does not fit the model is the caller's to mend; what goes wrong later is not
+        with _status("asking"):
+            result = measure(loaded, processor, resolved, name=config, limit=limit, num_frames=num_frames)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _stdout().print(tables.probe_table(result))
+
+
+def _probe_all(limit: int, num_frames: int, output: Path) -> None:
+    import platform
+
+    import torch
+    import transformers
+
+    from spatiotoken.probe.curves import curves, write_page
+
+    if not output.is_dir():
+        raise _USAGE_ERROR(f"--output {str(output)!r} is not a directory")
+    with contextlib.redirect_stdout(sys.stderr):
+        _quiet_libraries()
+        with _status("asking every preset"):
+            runs = curves(limit=limit, num_frames=num_frames)
+    command = f"spatiotoken probe --all --limit {limit} --num-frames {num_frames} --output {output}"
+    machine = f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, "
+    machine += f"transformers {transformers.__version__}"
+    page = write_page(runs, output, limit=limit, num_frames=num_frames, command=command, machine=machine)
+    print(page)
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _status(text: str) -> Any:
+    return Console(stderr=True, markup=False, highlight=False).status(text)
+
+
+def _video_errors() -> tuple[type[Exception], ...]:
+    from spatiotoken.video import BackendUnavailableError, VideoReadError
+
+    return VideoReadError, BackendUnavailableError
+
+
+def _make_video(directory: str, number: int) -> tuple[str, Example]:
+    """Write the video of question ``number`` of the probe's test split.
+
+    Returns:
+        The file's path, and the question.
+    """
+    from spatiotoken.probe.dataset import examples, write_video
+    from spatiotoken.probe.scenes import FPS
+
+    (made,) = examples("test", 1, first=number)
+    path = f"{directory}/video.mp4"
+    write_video(path, made.frames, FPS)
+    return path, made
 
 
 def _answer(
-    config: PatchConfig,
-    path: str,
-    question: str,
-    model: str | None,
-    num_frames: int | None,
-    max_new_tokens: int,
-    dtype_name: str,
-    device_name: str,
-) -> tuple[Answer, str]:
-    from transformers.utils import logging
-
-    from spatiotoken.answer import ModelLoadError, PromptError, answer_video, resolve_device, resolve_dtype
+    model: PreTrainedModel, processor: Any, config: PatchConfig, video: Video, question: str, max_new_tokens: int
+) -> Answer:
+    from spatiotoken.answer import PromptError, answer_video
     from spatiotoken.patching import patch_model
-    from spatiotoken.video import BackendUnavailableError, VideoReadError
 
-    console = Console(stderr=True, markup=False, highlight=False)
-    if not console.is_terminal:
-        logging.disable_progress_bar()
     with _bad_input(ValueError):
-        dtype, device = resolve_dtype(dtype_name), resolve_device(device_name)
-    with _bad_input(VideoReadError, BackendUnavailableError), console.status("reading the video"):
-        video = _read(path, num_frames)
-    if model is None:
-        print("no --model given: using a tiny one with random weights, so the answer is gibberish", file=sys.stderr)
-    with _bad_input(ModelLoadError), console.status("loading the model"):
-        loaded, processor = _load(model, dtype, device)
-    with _bad_input(ValueError):
-        patch_model(loaded, config)
-    with _bad_input(PromptError), console.status("generating the answer"):
-        answer = answer_video(loaded, processor, video, question, max_new_tokens=max_new_tokens)
-    return answer, loaded.config.model_type
+        patch_model(model, config)
+    with _bad_input(PromptError), _status("generating the answer"):
+        return answer_video(model, processor, video, question, max_new_tokens=max_new_tokens)
 
 
 def _read(path: str, num_frames: int | None) -> Video:
@@ -193,14 +293,14 @@ def _read(path: str, num_frames: int | None) -> Video:
     return load_video(path, num_frames=num_frames or min(DEFAULT_FRAMES, probe_video(path).num_frames))
 
 
-def _load(model: str | None, dtype: Dtype, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    from spatiotoken.answer import load_model
-    from spatiotoken.probe import build_tiny
+def _load(model: str, dtype_name: str, device_name: str) -> tuple[PreTrainedModel, Any]:
+    from spatiotoken.answer import ModelLoadError, resolve_device, resolve_dtype
+    from spatiotoken.probe.evaluate import load_probe_model
 
-    if model is not None:
-        return load_model(model, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory() as directory:
-        return load_model(build_tiny("qwen2_5_vl", directory), dtype=dtype, device=device)
+    with _bad_input(ValueError):
+        dtype, device = resolve_dtype(dtype_name), resolve_device(device_name)
+    with _bad_input(ModelLoadError), _status("loading the model"):
+        return load_probe_model(model, dtype=dtype, device=device)
 
 
 def _resolve(config: str, settings: list[str] | None) -> PatchConfig:
@@ -230,12 +330,10 @@ def _bad_input(*errors: type[Exception]) -> Iterator[None]:
         raise _USAGE_ERROR(str(error)) from error
 
 
-def _answer_json(answer: Answer, config: dict[str, Any], model_type: str) -> dict[str, Any]:
+def _answer_json(answer: Answer) -> dict[str, Any]:
     report = answer.report.to_dict()
     return {
         "answer": answer.text,
-        "config": config,
-        "model_type": model_type,
         "tokens": {
             "prompt": report["prompt_tokens"],
             "visual": report["visual_tokens"],
@@ -248,19 +346,6 @@ def _answer_json(answer: Answer, config: dict[str, Any], model_type: str) -> dic
         "peak_memory_bytes": report["peak_memory_bytes"],
         "frames": {"indices": list(answer.frame_indices), "seconds": list(answer.frame_seconds)},
     }
-
-
-def _report_table(answer: Answer, config: str) -> Table:
-    report = answer.report
-    table = Table("", "tokens in", "tokens out", "ms", title=f"config {config}", title_justify="left")
-    for stage, entry in report.stages.items():
-        row = (str(entry.tokens_in), str(entry.tokens_out), f"{entry.milliseconds:.1f}")
-        table.add_row(f"{stage}: {entry.method}", *row)
-    prompt, kept = report.prompt_tokens, report.text_tokens + report.visual_kept
-    table.add_row("prompt, its visual tokens reduced", str(prompt), str(kept), f"{report.prefill_ms:.1f}")
-    table.add_row("decoding", "", str(report.decode_steps), f"{report.decode_ms:.1f}")
-    table.caption = f"{len(answer.frame_indices)} frames seen, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
-    return table
 
 
 def _stdout() -> Console:

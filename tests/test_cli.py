@@ -23,6 +23,7 @@ from spatiotoken.answer import answer_video, load_model, resolve_device, resolve
 from spatiotoken.cli import app
 from spatiotoken.config import config_schema
 from spatiotoken.probe import build_tiny
+from spatiotoken.probe.dataset import examples
 
 DATA = Path(__file__).parent / "data"
 PANCAKE = str(DATA / "flipping_a_pancake.mkv")
@@ -193,7 +194,34 @@ def test_subprocess_without_a_model_prints_one_json_object() -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout).keys() == RUN_KEYS
     assert result.stdout.startswith("{") and result.stdout.endswith("}\n")
-    assert "random weights" in result.stderr and "gibberish" in result.stderr
+    assert "coloured shapes" in result.stderr
+
+
+@pytest.mark.parametrize("config", ["balanced", "evs"])
+def test_run_without_a_video_makes_one(config: str) -> None:
+    result = invoke("run", "--json", "--config", config)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data.keys() == RUN_KEYS | {"question", "expected", "dense"}
+    assert data["dense"].keys() == RUN_KEYS - {"config", "model_type"}
+    (example,) = examples("test", 1)
+    assert (data["question"], data["expected"]) == (example.question, example.answer)
+    assert data["dense"]["answer"] == data["answer"] == example.answer
+    assert data["tokens"]["visual_kept"] < data["dense"]["tokens"]["visual_kept"] == 128
+    assert data["frames"]["seconds"] == [frame / 4 for frame in data["frames"]["indices"]]
+
+
+def test_run_without_a_video_shows_both_answers() -> None:
+    result = invoke("run", "--example", "5", "--config", "light")
+    assert result.exit_code == 0, result.stderr
+    for text in (
+        "Which letter flashes up?  (the right answer: ",
+        "unpatched",
+        "light",
+        "into the language model",
+        "128",
+    ):
+        assert text in result.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -289,6 +317,9 @@ def test_bad_usage() -> None:
     assert_refused(invoke(), "command")
     assert_refused(invoke("nonsense"), "nonsense")
     assert_refused(invoke("run", "--question", "What?"), "--video")
+    assert_refused(invoke("run", "--model", "some/model"), "--video")
+    assert_refused(invoke("run", "--video", SHORT), "--question")
+    assert_refused(invoke("run", "--example", "-1"), "--example")
 
 
 def test_bugs_are_not_taken_for_bad_input(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""Tables of the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from spatiotoken.answer import Answer
+    from spatiotoken.probe.evaluate import ProbeResult, ProbeRun
+
+
+def report_table(answer: Answer, config: str) -> Table:
+    """What one answer cost, stage by stage."""
+    report = answer.report
+    table = Table("", "tokens in", "tokens out", "ms", title=f"config {config}", title_justify="left")
+    for stage, entry in report.stages.items():
+        row = (str(entry.tokens_in), str(entry.tokens_out), f"{entry.milliseconds:.1f}")
+        table.add_row(f"{stage}: {entry.method}", *row)
+    prompt, kept = report.prompt_tokens, report.text_tokens + report.visual_kept
+    table.add_row("prompt, its visual tokens reduced", str(prompt), str(kept), f"{report.prefill_ms:.1f}")
+    table.add_row("decoding", "", str(report.decode_steps), f"{report.decode_ms:.1f}")
+    table.caption = f"{len(answer.frame_indices)} frames seen, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
+    return table
+
+
+def comparison_table(before: Answer, after: Answer, config: str) -> Table:
+    """The same question, unpatched and patched."""
+    table = Table("", "unpatched", config)
+    reports = before.report, after.report
+    table.add_row("answer", before.text, after.text)
+    table.add_row("visual tokens", *(str(report.visual_tokens) for report in reports))
+    table.add_row("into the language model", *(str(report.visual_kept) for report in reports))
+    last = [str(report.layer_tokens[-1] - report.text_tokens) for report in reports]
+    table.add_row("in its last layer", *last)
+    table.add_row("prefill, ms", *(f"{report.prefill_ms:.1f}" for report in reports))
+    table.add_row("decoding, ms", *(f"{report.decode_ms:.1f}" for report in reports))
+    return table
+
+
+def probe_table(result: ProbeResult) -> Table:
+    """Accuracy by family of questions, a config beside its baselines."""
+    runs: dict[str, ProbeRun] = {**result.baselines, result.config: result}
+    title = f"{result.model}, {sum(score.n for score in result.families.values())} questions, % right (95 % interval)"
+    table = Table("", *runs, title=title, title_justify="left")
+
+    def share(value: float, interval: tuple[float, float] | None = None) -> str:
+        return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})" if interval else "")
+
+    for family, score in result.families.items():
+        row = (share(run.families[family].accuracy, run.families[family].interval) for run in runs.values())
+        table.add_row(f"{family}, chance {100 * score.chance:.0f}", *row)
+    table.add_row("all", *(share(run.accuracy, run.interval) for run in runs.values()))
+    differences = [
+        share(other.difference, other.difference_interval) if (other := result.baselines.get(name)) else ""
+        for name in runs
+    ]
+    table.add_row(f"{result.config} less this", *differences)
+    table.add_row("evidence recall", *(share(run.evidence_recall) for run in runs.values()))
+    table.add_row("visual tokens kept", *(f"{run.visual_kept:.1f}" for run in runs.values()))
+    table.add_row("retention, mean of layers", *(share(run.retention) for run in runs.values()))
+    table.add_row("prefill, ms a question", *(f"{run.prefill_ms:.2f}" for run in runs.values()))
+    return table
