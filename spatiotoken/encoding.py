@@ -70,7 +70,10 @@ class FeatureStages:
             features[0] = mark_dropped(features[0], keep)
             self.adapter.write(output, features, [item.size + trailing for item in full])
             if kind == "video":
-                recorder.bearers = bearers
+                sizes = [item.size + trailing for item in full]
+                starts = [sum(sizes[:index]) for index in range(len(sizes))]
+                parts = zip(bearers.split(sizes), starts, strict=True)
+                recorder.bearers = [torch.where(part < 0, -1, part - start) for part, start in parts]
         return output
 
     def _choose_frames(self, encoding: dict[str, Any], items: list[Item], recorder: Recorder) -> Choice | None:

@@ -78,8 +78,9 @@ class Recorder:
         self.visual: Tensor | int = 0
         self.visual_kept: Tensor | int = 0
         self.frames: tuple[tuple[int, ...], ...] | None = None
-        # For each row of the videos' features the row that stands for it, -1 where none does; None for itself.
-        self.bearers: Tensor | None = None
+        # For each video and each row of its features the row of that video that stands for it, -1 where none does;
+        # None while all stand for themselves.
+        self.bearers: list[Tensor] | None = None
         # ``[B, L]``: where those rows lie in the prompt, and which tokens of it left the last decoder layer.
         self.video_places: Tensor | None = None
         self.at_the_end: Tensor | None = None
@@ -136,17 +137,25 @@ class Recorder:
         )
 
     def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
-        places, bearers = self.video_places, self.bearers
-        if places is None or (bearers is None and self.at_the_end is None):
+        places = self.video_places
+        if places is None or (self.bearers is None and self.at_the_end is None):
             return None
         alive = torch.ones_like(places) if self.at_the_end is None else self.at_the_end.to(places.device)
         seen = alive[places]
-        if bearers is not None:
-            if bearers.shape != seen.shape:  # the prompt came in chunks
+        if self.bearers is not None:
+            # Some versions of transformers put newlines between the features only later on.
+            newlines, rest = divmod(seen.shape[0] - sum(map(len, self.bearers)), len(self.bearers))
+            if rest or newlines not in (0, 1):  # the prompt came in chunks
                 return None
-            bearers = bearers.to(seen.device)
-            seen = seen[bearers.clamp(min=0)] & (bearers >= 0)
+            parts = seen.split([len(bearers) + newlines for bearers in self.bearers])
+            seen = torch.cat([_borne(part, bearers) for part, bearers in zip(parts, self.bearers, strict=True)])
         return tuple(tuple(part.tolist()) for part in seen.split(places.sum(1).tolist()))
+
+
+def _borne(alive: Tensor, bearers: Tensor) -> Tensor:
+    """Which tokens of a video are alive in those that bear them; a newline at the end bears itself."""
+    bearers = bearers.to(alive.device)
+    return torch.cat([alive[bearers.clamp(min=0)] & (bearers >= 0), alive[len(bearers) :]])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,5 +1,16 @@
-"""Small models to try the plugin on."""
+"""The project's own instrument: made videos with questions, small models that can answer them, and tiny ones that
+cannot, but have the structure of every supported family."""
 
+from spatiotoken.probe.dataset import examples, probe_dataset, write_videos
+from spatiotoken.probe.models import PROBE_MODEL_TYPES, probe_checkpoint
 from spatiotoken.probe.tiny import TINY_MODEL_TYPES, build_tiny
 
-__all__ = ["TINY_MODEL_TYPES", "build_tiny"]
+__all__ = [
+    "PROBE_MODEL_TYPES",
+    "TINY_MODEL_TYPES",
+    "build_tiny",
+    "examples",
+    "probe_checkpoint",
+    "probe_dataset",
+    "write_videos",
+]

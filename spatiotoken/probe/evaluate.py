@@ -117,6 +117,8 @@ class Tally:
         self.right += [
             parse_answer(text, example.options) == example.answer for text, example in zip(answers, batch, strict=True)
         ]
+        if report.seen is None and report.visual_kept < report.visual_tokens:
+            raise RuntimeError("tokens were dropped, but the report cannot say which")
         for row, shows in enumerate(evidence):
             seen = torch.ones_like(shows) if report.seen is None else torch.tensor(report.seen[row][: shows.numel()])
             self.recalls.append((seen & shows).sum().item() / shows.sum().item())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PATCH = 8  # pixels; 8 x 8 patches of a frame become 4 x 4 tokens in both models
 TEXT_VOCAB = 512
-TEXT = {
+TEXT: Config = {
     "hidden_size": 192,
     "intermediate_size": 640,
     "num_hidden_layers": 6,

@@ -22,6 +22,7 @@ from spatiotoken.probe.scenes import (
     ORDER,
     SEPARATION,
     SHAPES,
+    SIDE,
     SPATIAL,
     STILL,
     TEMPLATES,
@@ -29,6 +30,8 @@ from spatiotoken.probe.scenes import (
 )
 
 COUNTS = tuple(str(number + 1) for number in range(MAX_OBJECTS))
+PLACE = "place"
+_FROM_MIDDLE = 4  # pixels to the middle of the picture, for an object to be on one side of it
 LETTER_BOX, DOT_BOX = MAX_OBJECTS + 1, MAX_OBJECTS + 2  # where `Scenes.boxes` has them
 
 
@@ -67,6 +70,13 @@ def all_questions(scenes: Scenes) -> list[list[Question]]:
     """For each scene every question that it answers: what a model is trained on."""
     values = scenes.lists()
     return [_Scene(values, row, scenes.num_frames).everything() for row in range(len(scenes))]
+
+
+def place_questions(scenes: Scenes) -> list[list[Question]]:
+    """Easier questions that lead to those about relations and motion: on which side of the picture's middle an object
+    is, or is in the first or last frame that shows it. They are for training alone."""
+    values = scenes.lists()
+    return [_Scene(values, row, scenes.num_frames).places() for row in range(len(scenes))]
 
 
 def evidence(boxes: Tensor, question: Question) -> Tensor:
@@ -122,6 +132,19 @@ class _Scene:
             found.append(self._needle())
         if self.dot_end > self.dot_start:
             found.append(self._detail())
+        return found
+
+    def places(self) -> list[Question]:
+        found = []
+        for slot in range(self.count):
+            start, end = self._interval(slot)
+            for axis, options in ((1, ("left", "right")), (0, ("above", "below"))):
+                text = f"Is the {self._name(slot)} {options[0]} or {options[1]}"
+                for tail, frames in (("", (start, end)), (" first", (start, start + 1)), (" last", (end - 1, end))):
+                    from_middle = [self.centre[slot][time][axis] - SIDE // 2 for time in range(*frames)]
+                    if max(from_middle) <= -_FROM_MIDDLE or min(from_middle) >= _FROM_MIDDLE:
+                        answer = options[0 if from_middle[0] < 0 else 1]
+                        found.append(Question(PLACE, f"{text}{tail}?", answer, options, (slot,), frames))
         return found
 
     def _moves(self, slot: int) -> bool:

@@ -25,7 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from spatiotoken.answer import prepare_inputs
 from spatiotoken.probe.draws import Draws
 from spatiotoken.probe.models import PATCH, TEXT
-from spatiotoken.probe.questions import DOT_BOX, LETTER_BOX, Question, all_questions
+from spatiotoken.probe.questions import DOT_BOX, LETTER_BOX, Question, all_questions, place_questions
 from spatiotoken.probe.render import render
 from spatiotoken.probe.scenes import (
     COLOURS,
@@ -50,12 +50,18 @@ NAMING_SHARE = 0.1  # of the loss, beside the answers
 
 @dataclass(frozen=True)
 class Lesson:
-    """A stretch of training on scenes of one kind."""
+    """A stretch of training on scenes of one kind.
+
+    Attributes:
+        batch: scenes of a step.
+        places: easier questions beside those of a scene, about the places of single objects.
+    """
 
     steps: int
     batch: int
     num_frames: int
     max_objects: int = MAX_OBJECTS
+    places: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Batch(Glimpses):
         segments: ``[B, L]`` number of the question that a token belongs to, from 1; 0 for padding.
         places: ``[B, L]`` position of a token within its question.
         targets: ``[B, L]`` id of the token to be predicted there, -100 where none is.
-        families: ``[B, L]`` family of the question at the first token of an answer, -1 elsewhere.
+        families: ``[B, L]`` family of the question at the first token of an answer, -1 elsewhere and for places.
     """
 
     tokens: Tensor
@@ -120,10 +126,14 @@ class Packer:
     def batch(self, samples: Tensor, lesson: Lesson) -> Batch:
         """What those scenes show, and some of the questions that they answer."""
         scenes = sample_scenes(self._seed, samples, num_frames=lesson.num_frames, max_objects=lesson.max_objects)
-        rows = [
-            self._pack(self._chosen(questions, sample))
+        asked = [
+            self._chosen(questions, sample)
             for questions, sample in zip(all_questions(scenes), samples.tolist(), strict=True)
         ]
+        if lesson.places:
+            for row, (easier, sample) in enumerate(zip(place_questions(scenes), samples.tolist(), strict=True)):
+                asked[row] += _shuffled(easier, sample)[: lesson.places]
+        rows = [self._pack(questions) for questions in asked]
         length = max(len(row[0]) for row in rows)
         fills = (0, 0, 0, _IGNORED, -1)
         columns = [
@@ -134,11 +144,9 @@ class Packer:
 
     def _chosen(self, questions: Sequence[Question], sample: int) -> list[Question]:
         """Some of a scene's questions: the families take turns, beginning with the rare ones."""
-        generator = torch.Generator().manual_seed(sample)
-        order = torch.randperm(len(questions), generator=generator).tolist()
         by_family: dict[str, list[Question]] = {}
-        for index in order:
-            by_family.setdefault(questions[index].family, []).append(questions[index])
+        for question in _shuffled(questions, sample):
+            by_family.setdefault(question.family, []).append(question)
         waiting = sorted(by_family.values(), key=len)
         turns = [family[turn] for turn in range(self._questions) for family in waiting if turn < len(family)]
         return turns[: self._questions]
@@ -157,13 +165,19 @@ class Packer:
             segments += [number] * size
             places += range(size)
             targets += [_IGNORED] * (len(asked) - 1) + answer
-            families += [-1] * (len(asked) - 1) + [FAMILIES.index(question.family)] + [-1] * (len(answer) - 1)
+            family = FAMILIES.index(question.family) if question.family in FAMILIES else -1
+            families += [-1] * (len(asked) - 1) + [family] + [-1] * (len(answer) - 1)
         return tokens, segments, places, targets, families
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._encoded:
             self._encoded[text] = self._tokenizer(text)["input_ids"]
         return self._encoded[text]
+
+
+def _shuffled(questions: Sequence[Question], sample: int) -> list[Question]:
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(sample))
+    return [questions[index] for index in order.tolist()]
 
 
 def cell_labels(scenes: Scenes) -> Tensor:
@@ -294,7 +308,8 @@ class Pupil(nn.Module):
                 positions = self.model.model.get_rope_index(inputs["input_ids"], **known)[0][:, 0, : len(ids)]
             else:
                 positions = torch.arange(len(ids), device=device)
-            self._prefixes[frames] = ids, positions, begin, int(positions.max()) + 1
+            # Qwen's text goes on after its last token, though frames of the video may have later positions.
+            self._prefixes[frames] = ids, positions, begin, int(positions[..., -1].max()) + 1
         return self._prefixes[frames]
 
 
@@ -390,9 +405,20 @@ def _wave(step: int, steps: int, floor: float) -> float:
 
 COURSES = {
     "qwen2_5_vl": Course(
-        Lesson(1500, 96, 8), (Lesson(400, 16, 8, max_objects=2), Lesson(900, 16, 8), Lesson(1200, 16, 16))
+        Lesson(1500, 96, 8),
+        (
+            Lesson(300, 16, 8, max_objects=2),
+            Lesson(200, 16, 8),
+            Lesson(500, 16, 8, places=3),
+            Lesson(700, 16, 16, places=2),
+        ),
     ),
     "llava_onevision": Course(
-        Lesson(1500, 64, 8), (Lesson(400, 16, 8, max_objects=2), Lesson(600, 16, 8), Lesson(700, 16, 16))
+        Lesson(1500, 64, 8),
+        (
+            Lesson(300, 16, 8, max_objects=2),
+            Lesson(550, 16, 8, places=3),
+            Lesson(500, 16, 16, places=2),
+        ),
     ),
 }
