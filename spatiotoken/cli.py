@@ -162,9 +162,9 @@ def run(
             question = made.question
         with _bad_input(*_video_errors()), _status("reading the video"):
             frames = _read(video, num_frames)
+        loaded, processor = _load(model or PROBE_MODEL, dtype, device)
         if model is None and made is None:
             print("no --model given: using a small one that knows nothing but coloured shapes", file=sys.stderr)
-        loaded, processor = _load(model or PROBE_MODEL, dtype, device)
         if made is not None:
             # First passes are slow, and these times are to be compared.
             for asked in (resolved, _resolve("dense", None)):

@@ -11,6 +11,7 @@ from spatiotoken.catalog import available
 from spatiotoken.config import presets
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.probe import TINY_MODEL_TYPES
+from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.registry import METHODS, STAGES
 from tests.cases import KEEP_ALL, REDUCED
 
@@ -50,6 +51,12 @@ def test_readme_tables_are_current() -> None:
             assert f"| `{method['name']}` | {stage} | {method['summary'].replace('``', '`')} | {paper} |" in readme()
     for config in listed["configs"]:
         assert f"| `{config['name']}` | {config['description']} |" in readme()
+
+
+def test_probe_page_has_every_preset() -> None:
+    page = (ROOT / "docs" / "probe.md").read_text(encoding="utf-8")
+    for name in presets():
+        assert page.count(f"| `{name}` |") == len(PROBE_MODEL_TYPES), f"{name}: run `make probe`"
 
 
 def readme() -> str:

@@ -36,8 +36,8 @@ question in the words of the probe.
 
 ## Accuracy
 
-On {questions:,} questions of the `test` split at 16 frames, unpatched, float32; blank: the same with grey frames, which
-should be chance.
+On {questions:,} questions of the `test` split at 16 frames, unpatched, float32. Blank: the same with grey frames, to
+see that the text gives nothing away; below chance where the model then names something that was not asked for.
 
 | family | accuracy, % | 95 % interval | blank, % | chance, % | questions |
 |---|---|---|---|---|---|

@@ -357,14 +357,26 @@ class Course:
         warm_up: learns to name what tokens show.
         lessons: learn to answer, each from other scenes.
         rehearsed: scenes of which each of their steps has glimpses too, for the tower forgets letters otherwise.
+        waves: rises and falls of the learning rate in the lessons: of so many steps each, the first of a wave of so
+            many. A wave may be cut short. By default there is one, of all lessons.
         rate, tower_rate: peak learning rates, of the tower's once it no longer learns alone.
+
+    Raises:
+        ValueError: the waves are not as long as the lessons.
     """
 
     warm_up: Lesson
     lessons: tuple[Lesson, ...]
     rehearsed: int = 32
+    waves: tuple[tuple[int, int], ...] = ()
     rate: float = 1e-3
     tower_rate: float = 4e-4
+
+    def __post_init__(self) -> None:
+        if self.waves and sum(steps for steps, _ in self.waves) != self.steps - self.warm_up.steps:
+            raise ValueError(
+                f"waves {self.waves} do not end with the lessons, of {self.steps - self.warm_up.steps} steps"
+            )
 
     @property
     def steps(self) -> int:
@@ -390,11 +402,17 @@ class Course:
 
     def rates(self, step: int) -> tuple[float, float]:
         """Learning rates of the tower and of the rest: a short rise, then half a cosine, in each of the two parts."""
-        first = self.warm_up.steps
-        if step < first:
-            rate = self.rate * _wave(step, first, floor=0.2)
+        if not self.answers(step):
+            rate = self.rate * _wave(step, self.warm_up.steps, floor=0.2)
             return rate, rate
-        wave = _wave(step - first, self.steps - first, floor=0.0)
+        step -= self.warm_up.steps
+        length = self.steps - self.warm_up.steps
+        for steps, full_length in self.waves:
+            length = full_length
+            if step < steps:
+                break
+            step -= steps
+        wave = _wave(step, length, floor=0.0)
         return self.tower_rate * wave, self.rate * wave
 
 
@@ -417,8 +435,12 @@ COURSES = {
         Lesson(1500, 64, 8),
         (
             Lesson(300, 16, 8, max_objects=2),
-            Lesson(550, 16, 8, places=3),
-            Lesson(500, 16, 16, places=2),
+            Lesson(400, 16, 8, places=3),
+            Lesson(200, 16, 8, places=6),
+            Lesson(500, 16, 8, max_objects=2, places=8),
+            Lesson(100, 16, 8, places=6),
+            Lesson(300, 16, 16, places=2),
         ),
+        waves=((700, 1350), (450, 850), (650, 650)),
     ),
 }

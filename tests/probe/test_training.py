@@ -94,6 +94,11 @@ def test_rates_rise_and_fall() -> None:
         assert rates[-1][1] < 1e-2 * course.rate and min(min(pair) for pair in rates) > 0
         with pytest.raises(IndexError):
             course.lesson(course.steps)
+    with pytest.raises(ValueError, match="waves"):
+        Course(Lesson(2, 2, 8), (Lesson(3, 2, 8),), waves=((2, 4),))
+    cut = Course(Lesson(2, 2, 8), (Lesson(300, 2, 8),), waves=((100, 200), (200, 200)))
+    assert cut.rates(101)[1] == pytest.approx(cut.rate / 2, rel=0.02)  # half down, and up again from the start
+    assert cut.rates(102)[1] == pytest.approx(cut.rate / 100, rel=0.02)
 
 
 @pytest.fixture
