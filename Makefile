@@ -29,7 +29,8 @@ test-oldest: setup
 	test -d $(OLDEST)/transformers || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
 		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
-		tests/test_caches.py tests/probe
+		tests/test_caches.py tests/test_report.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
+		tests/probe/test_training.py -k "not test_methods_keep_their_accuracy"
 
 # What the probe models answer, as the tests expect it: after a change that is meant to change it. Review the diff.
 record-probe: setup

@@ -22,7 +22,7 @@ from spatiotoken import available, load_config, load_video, patched
 from spatiotoken.answer import answer_video, load_model, resolve_device, resolve_dtype
 from spatiotoken.cli import app
 from spatiotoken.config import config_schema
-from spatiotoken.probe import build_tiny
+from spatiotoken.probe import build_tiny, evaluate
 from spatiotoken.probe.dataset import examples
 
 DATA = Path(__file__).parent / "data"
@@ -260,7 +260,7 @@ def test_subprocess_refuses_in_one_line() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
 def test_bad_option(args: Sequence[str], culprits: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_module, "load_model", None)  # all of these are refused before a model is loaded
+    monkeypatch.setattr(evaluate, "load_model", None)  # all of these are refused before a model is loaded
     assert_refused(invoke("run", "--video", SHORT, "--question", "What?", "--json", *args), *culprits)
 
 
@@ -282,7 +282,7 @@ def bad_video(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("bad_video", ["corrupted", "directory", "audio", "missing"], indirect=True)
 def test_bad_video(bad_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_module, "load_model", None)
+    monkeypatch.setattr(evaluate, "load_model", None)
     assert_refused(invoke("run", "--video", str(bad_video), "--question", "What?", "--json"), str(bad_video))
 
 

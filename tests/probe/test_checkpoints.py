@@ -30,7 +30,14 @@ WANTED = {  # accuracy of the unpatched model on the whole test split
     "needle": 0.90,
     "detail": 0.80,
 }
-SHORT = {("llava_onevision", family) for family in ("attribute", "motion", "order", "spatial")}
+SHORT = {
+    ("qwen2_5_vl", "order"),
+    ("qwen2_5_vl", "spatial"),
+    ("llava_onevision", "attribute"),
+    ("llava_onevision", "motion"),
+    ("llava_onevision", "order"),
+    ("llava_onevision", "spatial"),
+}
 """What the models in the repository do not reach; their cards have the figures."""
 
 
