@@ -127,10 +127,10 @@ class _Patch:
         try:
             for owner in (self.model, self.core):
                 self.undo.set(owner, _HANDLE, self)
-            if config.frames or config.tokens:
-                self._wrap(self.core, "get_video_features", functools.partial(self._encode, "video"))
-            if config.tokens and config.images:
-                self._wrap(self.core, "get_image_features", functools.partial(self._encode, "image"))
+            reduced = {"video": config.frames or config.tokens, "image": config.tokens and config.images}
+            for kind in ("video", "image"):
+                encode = self._encode if reduced[kind] else self._time_encoding
+                self._wrap(self.core, f"get_{kind}_features", functools.partial(encode, kind))
             self._wrap(self.model, "forward", self._outer_forward)
             self._wrap(self.core, "forward", self._core_forward)
             self._wrap(sequence.language_model, "forward", sequence.enter)
@@ -265,6 +265,18 @@ class _Patch:
         finally:
             _ENCODING.reset(token)
         return output.to_tuple() if arguments.get("return_dict") is False else output
+
+    def _time_encoding(self, kind: str, original: Callable[..., Any], **arguments: Any) -> Any:
+        """Nothing is reduced, but `generate` may encode ahead of the forward whose time this belongs to."""
+        if _ENCODING.get():
+            return original(**arguments)
+        _, timing = self._recorder_for(kind)
+        token = _ENCODING.set(True)
+        try:
+            with timing:
+                return original(**arguments)
+        finally:
+            _ENCODING.reset(token)
 
     def _recorder_for(self, kind: str) -> tuple[Recorder, AbstractContextManager[None]]:
         """Where to note an encoding: within a forward its recorder; ahead of one, that of the forward to come."""

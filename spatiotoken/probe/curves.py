@@ -25,9 +25,8 @@ Every preset on the probe models that come with the package, on the first {limit
 The probe models are small and know nothing but coloured shapes, so this page tells what a reduction destroys, and not
 how a released model would bear it. *Retention* is the share of visual tokens that the average decoder layer has,
 *evidence* the share of the visual tokens which show the answer that reach the last layer, by themselves or merged into
-others; *prefill* the time of the vision tower, the reduction and the language model, as a ratio to `dense` in the same
-run ({machine}). `dense` reduces nothing. Intervals are 95 % bootstrap intervals over questions. The last
-rows are the baselines at other retentions.
+others ({machine}). `dense` reduces nothing. Intervals are 95 % bootstrap intervals over questions. The last rows are
+the baselines at other retentions. Times are in [benchmarks.md](benchmarks.md).
 
 ![accuracy against retention]({picture})
 """
@@ -105,7 +104,7 @@ def write_page(
 
 
 def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
-    titles = ["config", "visual tokens", "retention", "accuracy", "interval", *FAMILIES, "evidence", "prefill"]
+    titles = ["config", "visual tokens", "retention", "accuracy", "interval", *FAMILIES, "evidence"]
     yield _row(titles)
     yield _row(["---"] * len(titles))
     for run in runs:
@@ -120,7 +119,6 @@ def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 *families,
                 _percent(run.evidence_recall),
-                f"{run.prefill_ms / runs[0].prefill_ms:.2f}",
             ]
         )
 

@@ -186,7 +186,8 @@ def test_probe_json() -> None:
     }
 
 
-def test_probe_table() -> None:
+def test_probe_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     result = CliRunner().invoke(app, ["probe", "--config", "divprune", "--limit", "7"])
     assert result.exit_code == 0, result.stderr
     for text in ("needle, chance 12", "evidence recall", "divprune", "dense", "downsample"):
