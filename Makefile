@@ -24,13 +24,14 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# What the probe models answer is recorded for the newest: 5.17 counts the positions after a video otherwise.
 # The oldest supported transformers beside the same torch; everything else is shared with the main environment.
 test-oldest: setup
 	test -d $(OLDEST)/transformers || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
 		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
 		tests/test_caches.py tests/test_report.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
-		tests/probe/test_training.py -k "not test_methods_keep_their_accuracy"
+		-k "not test_methods_keep_their_accuracy and not test_frozen_answers"
 
 # What the probe models answer, as the tests expect it: after a change that is meant to change it. Review the diff.
 record-probe: setup
