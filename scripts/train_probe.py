@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision="bf16", cpu=arguments.cpu)
+    if accelerator.num_processes > 1:
+        parser.error("the course is for one process: start without `accelerate launch`, or with --num_processes 1")
     set_seed(arguments.seed)
     course = COURSES[arguments.model_type]
     model, processor = build_untrained(arguments.model_type, arguments.seed)
@@ -68,8 +71,7 @@ def main() -> None:
             group["lr"] = rate
         lesson = course.lesson(step)
         # Numbers of a step are far from those of the next, whatever the batch: no scene is seen twice.
-        first = (step * accelerator.num_processes + accelerator.process_index) * 1024
-        samples = torch.arange(first, first + lesson.batch, device=accelerator.device)
+        samples = step * 1024 + torch.arange(lesson.batch, device=accelerator.device)
         if course.answers(step):
             with accelerator.autocast():
                 output = pupil(_to(packer.batch(samples, lesson), accelerator.device))
@@ -88,7 +90,7 @@ def main() -> None:
         if "asked" in output:
             asked, right = asked + output["asked"].cpu(), right + output["right"].cpu()
         done = step + 1
-        if done % 25 == 0 and accelerator.is_main_process:
+        if done % 25 == 0 or done == end:
             line = {"step": done, "seconds": round(time.monotonic() - clock, 1)}
             line |= {name: round(output[name].item(), 4) for name in ("naming", "answering") if name in output}
             if asked.any():
@@ -100,17 +102,17 @@ def main() -> None:
             print(line, flush=True)
         if done % arguments.save_every == 0 or done == end:
             accelerator.save_state(str(state), safe_serialization=False)  # which keeps tied weights as they are
-            if accelerator.is_main_process:
-                progress = {"step": done, "seconds": time.monotonic() - clock}
-                (state / "progress.json").write_text(json.dumps(progress))
+            progress = {"step": done, "seconds": time.monotonic() - clock}
+            (state / "progress.json").write_text(json.dumps(progress))
 
-    if end == course.steps and accelerator.is_main_process:
+    if end == course.steps:
         hardware = f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU with {os.cpu_count()} cores"
         if accelerator.device.type == "cuda":
             hardware = torch.cuda.get_device_name()
         run = {"seed": arguments.seed, "steps": course.steps, "scenes": course.scenes, "hardware": hardware}
         run |= {"minutes": round(progress["seconds"] / 60), "torch": torch.__version__}
         _save(accelerator.unwrap_model(pupil).model, processor, arguments.output / "model", run)
+        shutil.copy(curves, arguments.output / "model")
         card = model_card(arguments.output / "model", arguments.questions)
         (arguments.output / "model" / "README.md").write_text(card, encoding="utf-8")
 

@@ -257,24 +257,25 @@ class _Patch:
             rest = {name: value for name, value in encoding.items() if name != ours}
             return original(**{theirs: encoding[ours]}, **rest)
 
-        recorder, timing = self._recorder_for(kind)
-        token = _ENCODING.set(True)
-        try:
-            with timing:
-                output = self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
-        finally:
-            _ENCODING.reset(token)
+        with self._encoding(kind) as recorder:
+            output = self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
         return output.to_tuple() if arguments.get("return_dict") is False else output
 
     def _time_encoding(self, kind: str, original: Callable[..., Any], **arguments: Any) -> Any:
         """Nothing is reduced, but `generate` may encode ahead of the forward whose time this belongs to."""
         if _ENCODING.get():
             return original(**arguments)
-        _, timing = self._recorder_for(kind)
+        with self._encoding(kind):
+            return original(**arguments)
+
+    @contextmanager
+    def _encoding(self, kind: str) -> Iterator[Recorder]:
+        """Time an encoding, and the encodings within it as part of it."""
+        recorder, timing = self._recorder_for(kind)
         token = _ENCODING.set(True)
         try:
             with timing:
-                return original(**arguments)
+                yield recorder
         finally:
             _ENCODING.reset(token)
 

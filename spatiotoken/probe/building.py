@@ -30,6 +30,27 @@ CHATML = {
     "CLOSE": r"'<|im_end|>\n'",
     "GENERATION": r"'<|im_start|>assistant\n'",
 }
+# How prompts of a family look: settings of an `Architecture`.
+QWEN_PROMPT: Config = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "other_tokens": ("<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
+    "chat": {
+        **CHATML,
+        "IMAGE": "'<|vision_start|><|image_pad|><|vision_end|>'",
+        "VIDEO": "'<|vision_start|><|video_pad|><|vision_end|>'",
+    },
+}
+LLAVA_ONEVISION_PROMPT: Config = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "other_tokens": ("<|im_start|>",),
+    "chat": {**CHATML, "IMAGE": r"'<image>\n'", "VIDEO": r"'<video>\n'"},
+}
 VICUNA = {"OPEN": "(message.role | upper) + ': '", "CLOSE": "' '", "GENERATION": "'ASSISTANT:'"}
 
 

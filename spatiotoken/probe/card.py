@@ -31,7 +31,8 @@ question in the words of the probe.
 - **Data**: {scenes:,} scenes of the `train` split of `spatiotoken.probe` (seed {seed}), up to 8 questions each. They
   are generated; nobody's pictures or texts are in them.
 - **Steps**: {steps:,}, of which the first teach the vision tower alone. `scripts/train_probe.py --model-type
-  {model_type}` does it again; the course is in `spatiotoken/probe/training.py`.
+  {model_type}` does it again; the course is in `spatiotoken/probe/training.py`, its
+  curves in `curves.jsonl`.
 - **Hardware**: {hardware}, {minutes} minutes, bfloat16 arithmetic, torch {torch}.
 
 ## Accuracy

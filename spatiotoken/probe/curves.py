@@ -25,8 +25,9 @@ Every preset on the probe models that come with the package, on the first {limit
 The probe models are small and know nothing but coloured shapes, so this page tells what a reduction destroys, and not
 how a released model would bear it. *Retention* is the share of visual tokens that the average decoder layer has,
 *evidence* the share of the visual tokens which show the answer that reach the last layer, by themselves or merged into
-others ({machine}). `dense` reduces nothing. Intervals are 95 % bootstrap intervals over questions. The last rows are
-the baselines at other retentions. Times are in [benchmarks.md](benchmarks.md).
+others. `dense` reduces nothing. Intervals are 95 % bootstrap intervals over questions. The last rows are
+the baselines at other retentions. Run with
+{machine}; times are in [benchmarks.md](benchmarks.md).
 
 ![accuracy against retention]({picture})
 """

@@ -232,6 +232,11 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float, scale:
         container.mux(stream.encode(None))
 
 
+def clip_metadata(frames: int) -> dict[str, Any]:
+    """What processors want to know of a probe video."""
+    return {"fps": FPS, "frames_indices": list(range(frames)), "total_num_frames": frames}
+
+
 def _check_scale(height: int, width: int, scale: int) -> tuple[int, int]:
     """The scaled size in pixels."""
     if scale < 1:

@@ -17,10 +17,9 @@ from spatiotoken.answer import Dtype, load_model, prepare_batch
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.patching import last_report, patched
-from spatiotoken.probe.dataset import Example, examples
+from spatiotoken.probe.dataset import Example, clip_metadata, examples
 from spatiotoken.probe.models import PROBE_MODEL_TYPES, probe_checkpoint
 from spatiotoken.probe.scenes import FAMILIES, coverage
-from spatiotoken.probe.training import clip_metadata
 from spatiotoken.report import ForwardReport
 
 BASELINES = ("random", "downsample")

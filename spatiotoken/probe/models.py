@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from spatiotoken.probe.building import (
-    CHATML,
+    LLAVA_ONEVISION_PROMPT,
+    QWEN_PROMPT,
     Architecture,
     Config,
     build_config,
@@ -46,16 +47,7 @@ def _qwen2_5_vl() -> Architecture:
         processor="Qwen2_5_VLProcessor",
         image_processor="Qwen2VLImageProcessor",
         video_processor="Qwen2VLVideoProcessor",
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        other_tokens=("<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
-        chat={
-            **CHATML,
-            "IMAGE": "'<|vision_start|><|image_pad|><|vision_end|>'",
-            "VIDEO": "'<|vision_start|><|video_pad|><|vision_end|>'",
-        },
+        **QWEN_PROMPT,
         # With the released base of 1e6 a head this small could not tell neighbouring columns: they have its lowest
         # frequencies.
         text={"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}},
@@ -84,12 +76,7 @@ def _llava_onevision() -> Architecture:
         processor="LlavaOnevisionProcessor",
         image_processor="LlavaOnevisionImageProcessor",
         video_processor="LlavaOnevisionVideoProcessor",
-        image_token="<image>",
-        video_token="<video>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        other_tokens=("<|im_start|>",),
-        chat={**CHATML, "IMAGE": r"'<image>\n'", "VIDEO": r"'<video>\n'"},
+        **LLAVA_ONEVISION_PROMPT,
         text={"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         vision={
             "model_type": "siglip_vision_model",

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spatiotoken.probe.building import (
-    CHATML,
+    LLAVA_ONEVISION_PROMPT,
+    QWEN_PROMPT,
     VICUNA,
     Architecture,
     Config,
@@ -66,16 +67,7 @@ def _qwen(name: str, video_name: str, patch: int, budget_frames: int, *, text: C
         processor=f"{name}Processor",
         image_processor="Qwen2VLImageProcessor",
         video_processor=f"{video_name}VideoProcessor",
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        other_tokens=("<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
-        chat={
-            **CHATML,
-            "IMAGE": "'<|vision_start|><|image_pad|><|vision_end|>'",
-            "VIDEO": "'<|vision_start|><|video_pad|><|vision_end|>'",
-        },
+        **QWEN_PROMPT,
         text=text,
         vision={
             "depth": VISION_LAYERS,
@@ -135,8 +127,6 @@ def _llava(
         processor=f"{name}Processor",
         image_processor=f"{image_name}ImageProcessor",
         video_processor=f"{name}VideoProcessor",
-        image_token="<image>",
-        video_token="<video>",
         text=text,
         vision={
             "model_type": tower,
@@ -160,10 +150,7 @@ def _llava_onevision(hidden: int) -> Architecture:
         "LlavaOnevision",
         "LlavaOnevision",
         "siglip_vision_model",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        other_tokens=("<|im_start|>",),
-        chat={**CHATML, "IMAGE": r"'<image>\n'", "VIDEO": r"'<video>\n'"},
+        **LLAVA_ONEVISION_PROMPT,
         text={"model_type": "qwen2"},
         top={**select, "vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_9"},
         size={"size": {"height": LLAVA_IMAGE, "width": LLAVA_IMAGE}},
@@ -177,6 +164,8 @@ def _llava_next_video(hidden: int) -> Architecture:
         "LlavaNextVideo",
         "LlavaNext",
         "clip_vision_model",
+        image_token="<image>",
+        video_token="<video>",
         eos_token="</s>",
         pad_token="<pad>",
         chat={**VICUNA, "IMAGE": r"'<image>\n'", "VIDEO": r"'<video>\n'"},

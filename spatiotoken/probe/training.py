@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from spatiotoken.answer import prepare_inputs
+from spatiotoken.probe.dataset import clip_metadata
 from spatiotoken.probe.draws import Draws
 from spatiotoken.probe.models import PATCH, TEXT
 from spatiotoken.probe.questions import DOT_BOX, LETTER_BOX, Question, all_questions, place_questions
@@ -30,7 +31,6 @@ from spatiotoken.probe.render import render
 from spatiotoken.probe.scenes import (
     COLOURS,
     FAMILIES,
-    FPS,
     LETTERS,
     MAX_OBJECTS,
     SHAPES,
@@ -311,11 +311,6 @@ class Pupil(nn.Module):
             # Qwen's text goes on after its last token, though frames of the video may have later positions.
             self._prefixes[frames] = ids, positions, begin, int(positions[..., -1].max()) + 1
         return self._prefixes[frames]
-
-
-def clip_metadata(frames: int) -> dict[str, Any]:
-    """What processors want to know of a probe video."""
-    return {"fps": FPS, "frames_indices": list(range(frames)), "total_num_frames": frames}
 
 
 _CPU_ATTENTION = "spatiotoken_probe_training"

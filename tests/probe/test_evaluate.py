@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spatiotoken import load_config, patched
-from spatiotoken.answer import load_model
+from spatiotoken import last_report, load_config, patched
+from spatiotoken.answer import load_model, prepare_batch
 from spatiotoken.cli import app
 from spatiotoken.probe import build_tiny
 from spatiotoken.probe.curves import write_page
-from spatiotoken.probe.dataset import examples
+from spatiotoken.probe.dataset import clip_metadata, examples
 from spatiotoken.probe.evaluate import (
     BASELINES,
     ask,
@@ -105,10 +105,6 @@ def test_recall_after_frames_tokens_and_layers() -> None:
         "tokens": {"method": "random", "retention": 0.5},
         "layers": {"method": "fastv", "layer": 2, "retention": 0.5},
     }
-    from spatiotoken.patching import last_report
-    from spatiotoken.probe.evaluate import prepare_batch
-    from spatiotoken.probe.training import clip_metadata
-
     batch = list(examples("test", 3))
     inputs = prepare_batch(
         processor, [e.frames for e in batch], [e.question for e in batch], [clip_metadata(16)] * len(batch)

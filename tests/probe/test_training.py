@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from spatiotoken.answer import prepare_inputs
 from spatiotoken.probe import training
+from spatiotoken.probe.dataset import clip_metadata
 from spatiotoken.probe.evaluate import load_probe_model
 from spatiotoken.probe.models import PROBE_MODEL_TYPES, build_untrained
 from spatiotoken.probe.questions import all_questions, briefed_questions
 from spatiotoken.probe.scenes import sample_scenes
-from spatiotoken.probe.training import COURSES, Course, Lesson, Packer, Pupil, cell_labels, clip_metadata, glimpses
+from spatiotoken.probe.training import COURSES, Course, Lesson, Packer, Pupil, cell_labels, glimpses
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_probe.py"
 
@@ -133,4 +134,6 @@ def test_interrupted_training_goes_on(
     model, _ = load_probe_model(whole)
     assert model.dtype == torch.float32 and model.config.spatiotoken_probe["steps"] == 5
     assert "| needle |" in (whole / "README.md").read_text()
+    steps = [json.loads(line)["step"] for line in (parts / "curves.jsonl").read_text().splitlines()]
+    assert steps == [3, 5]  # where it was interrupted, and at the end
     assert json.loads((tmp_path / "parts" / "state" / "progress.json").read_text())["step"] == 5
