@@ -12,18 +12,41 @@ from torch import Tensor
 class VideoFeatures:
     """Projected visual tokens of one video (or of one image, as a video of one frame).
 
+    All but the first two are there only if the method asks for them (``TokenReducer.needs``).
+
     Attributes:
         embeddings: ``[N, D]`` tokens after the projector, time-major and row-major within a frame.
         grid: ``(T, H, W)`` with ``N = T * H * W``.
+        saliency: ``[S, N]`` float32 attention that each token receives in the vision tower, a row for each of the
+            tower's layers that the method names (``TokenReducer.saliency_layers``), pooled as the projector pools.
+        hidden: ``[N, Dv]`` features of the tower before the projector, pooled likewise.
+        keys: ``[N, Dk]`` float32 head-mean keys of the tower layer whose output the projector reads, pooled likewise.
+        frame_features: ``[T, Dv]`` the tower's summary of each frame: its pooling head's output or CLS token, where
+            it has one, else the mean of ``hidden`` over the frame.
+        question: ``[L, D]`` embeddings of the text that follows the pictures.
+        tiles: ``(rows, columns)`` of the tiles that a picture was joined from.
     """
 
     embeddings: Tensor
     grid: tuple[int, int, int]
+    saliency: Tensor | None = None
+    hidden: Tensor | None = None
+    keys: Tensor | None = None
+    frame_features: Tensor | None = None
+    question: Tensor | None = None
+    tiles: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid
         if min(self.grid) < 1 or self.embeddings.ndim != 2 or self.embeddings.shape[0] != frames * height * width:
             raise ValueError(f"{tuple(self.embeddings.shape)} embeddings do not fill a {self.grid} (T, H, W) grid")
+        rows = {"saliency": 1, "hidden": 0, "keys": 0}
+        for name, dim in rows.items():
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 2 or value.shape[dim] != self.num_tokens):
+                raise ValueError(f"{name} {tuple(value.shape)} does not belong to {self.num_tokens} tokens")
+        if self.frame_features is not None and self.frame_features.shape[0] != frames:
+            raise ValueError(f"frame_features {tuple(self.frame_features.shape)} do not belong to {frames} frames")
 
     @property
     def num_tokens(self) -> int:
@@ -32,6 +55,22 @@ class VideoFeatures:
     @property
     def tokens_per_frame(self) -> int:
         return self.grid[1] * self.grid[2]
+
+    @property
+    def frames(self) -> Tensor:
+        """``[T, H * W, D]`` view of the tokens, frame by frame."""
+        return self.embeddings.unflatten(0, (self.grid[0], self.tokens_per_frame))
+
+    def needed(self, name: str) -> Tensor:
+        """A value that the method has asked for.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"these features come without {name}, which the method needs")
+        return value
 
 
 @dataclass(frozen=True)
@@ -54,6 +93,12 @@ class ReducedTokens:
                 f"{tuple(self.embeddings.shape)} survivors for {tuple(self.source.shape)} sources: must be as many, "
                 "and at least one"
             )
+
+    @classmethod
+    def everything(cls, video: VideoFeatures) -> ReducedTokens:
+        """All tokens, unchanged."""
+        index = torch.arange(video.num_tokens, device=video.embeddings.device)
+        return cls(video.embeddings, index, index)
 
     @classmethod
     def pruned(cls, video: VideoFeatures, source: Tensor) -> ReducedTokens:

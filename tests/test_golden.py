@@ -1,36 +1,15 @@
-"""The authors' own results, vector by vector.
-
-Vectors of permissively licensed code are copied to ``tests/golden``; the others are read from the workplace's shared
-folder where there is one, and the test that finds none says so.
-"""
+"""The authors' own results, vector by vector, of methods without a test file of their own."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from spatiotoken.attention.sliding_vertical import column_mass, important_columns
 from spatiotoken.layers.fastv import FastV, fastv_selection
 from spatiotoken.structures import LayerTokens, VideoFeatures
 from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
 from spatiotoken.tokens.evs import EVS
-from tests.conftest import GOLDEN
-
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
-
-
-def cases(method: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    folder = next((folder for folder in (GOLDEN, SHARED) if (folder / f"{method}.json").exists()), None)
-    if folder is None:
-        pytest.skip(f"all vectors of {method} left out: their licence keeps them outside the repository")
-    described = json.loads((folder / f"{method}.json").read_text())["cases"]
-    return [(case["hyper"], load_file(folder / case["file"])) for case in described]
+from tests.vectors import cases
 
 
 def test_divprune() -> None:

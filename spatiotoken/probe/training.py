@@ -424,7 +424,9 @@ COURSES = {
             Lesson(200, 16, 8),
             Lesson(500, 16, 8, places=3),
             Lesson(700, 16, 16, places=2),
+            Lesson(500, 16, 16, places=2),
         ),
+        waves=((1700, 1700), (500, 500)),
     ),
     "llava_onevision": Course(
         Lesson(1500, 64, 8),
@@ -435,7 +437,10 @@ COURSES = {
             Lesson(500, 16, 8, max_objects=2, places=8),
             Lesson(100, 16, 8, places=6),
             Lesson(300, 16, 16, places=2),
+            Lesson(400, 16, 8, max_objects=2, places=8),
+            Lesson(900, 16, 8, places=4),
+            Lesson(500, 16, 16, places=2),
         ),
-        waves=((700, 1350), (450, 850), (650, 650)),
+        waves=((700, 1350), (450, 850), (650, 650), (1800, 1800)),
     ),
 }

@@ -1,5 +1,5 @@
-"""Methods of the `tokens` stage, one file each."""
+"""Methods of the `tokens` stage, one file each, and what several of them share."""
 
-from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.base import SaliencyReducer, TokenReducer
 
-__all__ = ["TokenReducer"]
+__all__ = ["SaliencyReducer", "TokenReducer"]

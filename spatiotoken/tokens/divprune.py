@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,10 @@ class DivPrune(TokenReducer, method="divprune", paper="2503.02175"):
     Keeps ``round(retention * N)`` of the ``[N, D]`` tokens, unchanged, with their positions (the authors renumber
     them). Where everything left coincides with a picked token the authors may pick one twice; this does not.
     """
+
+    kind: ClassVar[str] = "importance and diversity"
+    cost: ClassVar[str] = "O(K TN D) for K kept"
+    fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25
 

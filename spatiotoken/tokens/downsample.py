@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,11 @@ class Downsample(TokenReducer, method="downsample"):
     Each frame's ``H x W`` tokens are averaged over a grid of nearly equal cells; a cell takes the position of its
     middle token. Cells do not overlap, so ``assignment`` says exactly what was averaged.
     """
+
+    kind: ClassVar[str] = "baseline"
+    merges: ClassVar[bool] = True
+    cost: ClassVar[str] = "O(TND)"
+    fidelity: ClassVar[str] = "not published"
 
     retention: Retention = 0.25
 

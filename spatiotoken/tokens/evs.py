@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,10 @@ class EVS(TokenReducer, method="evs", paper="2510.14624"):
     position ids; the first frame is always whole, so a still image is untouched. ``retention`` is one minus the
     authors' pruning rate ``q``.
     """
+
+    kind: ClassVar[str] = "temporal redundancy"
+    cost: ClassVar[str] = "O(TND)"
+    fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25
 

@@ -16,3 +16,21 @@ def mean_by_assignment(values: Tensor, assignment: Tensor, count: int) -> Tensor
     total.index_add_(0, bucket, values.float())
     members = total.new_zeros(count + 1).index_add_(0, bucket, total.new_ones(bucket.shape[0]))
     return (total / members.clamp(min=1)[:, None])[:count].to(values.dtype)
+
+
+def top_indices(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
+    """``[..., count]`` indices of the largest (or smallest) scores of the last dimension, in order of place.
+
+    Ties go to the lowest index, on every device.
+    """
+    return scores.argsort(dim=-1, descending=largest, stable=True)[..., :count].sort(dim=-1).values
+
+
+def nearest(queries: Tensor, anchors: Tensor, *, chunk: int = 2048) -> Tensor:
+    """``[n]`` index of the anchor ``[m, D]`` with the highest cosine to each of ``queries [n, D]``, of equals the first.
+
+    Memory is ``O(chunk * m)``.
+    """
+    unit = torch.nn.functional.normalize(anchors.float(), dim=-1)
+    rows = [(part.float() @ unit.T).argmax(dim=-1) for part in queries.split(chunk)]  # lengths of queries do not matter
+    return torch.cat(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -27,6 +29,10 @@ class Random(TokenReducer, method="random"):
 
     The same seed keeps the same tokens of every video of the same size, so batches equal single prompts.
     """
+
+    kind: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = "O(TN)"
+    fidelity: ClassVar[str] = "not published"
 
     retention: Retention = 0.25
     seed: int = Field(0, ge=0, description="seed of the draw")
