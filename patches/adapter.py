@@ -24,11 +24,13 @@ class Segment:
         start: first row of the grid.
         grid: ``(T, H, W)``.
         row_stride: rows from one line of the grid to the next; more than ``W`` where a newline token ends each line.
+        tiles: ``(rows, columns)`` of the tiles that the grid was joined from.
     """
 
     start: int
     grid: tuple[int, int, int]
     row_stride: int
+    tiles: tuple[int, int] = (1, 1)
 
     def rows(self, device: torch.device) -> Tensor:
         """``[T * H * W]`` rows of the grid's tokens."""
@@ -47,6 +49,22 @@ class Item:
     @classmethod
     def of_grid(cls, grid: tuple[int, int, int]) -> Item:
         return cls(grid[0] * grid[1] * grid[2], (Segment(0, grid, grid[2]),))
+
+
+@dataclass(frozen=True)
+class TowerStates:
+    """Queries and keys of a tower layer, of chunks of one length that attend to themselves alone.
+
+    Attributes:
+        places: ``[V, n]`` rows of the layer's flattened input.
+        query, key: ``[V, heads, n, d]``.
+        scale: of the logits.
+    """
+
+    places: Tensor
+    query: Tensor
+    key: Tensor
+    scale: float
 
 
 Encoding = Mapping[str, Any]
@@ -109,6 +127,40 @@ class ModelAdapter(ABC):
     def write(self, output: Any, features: list[Tensor], sizes: list[int]) -> None:
         """Put ``features``, as ``read`` gives them, into ``output`` in the form the model expects."""
         output.pooler_output = torch.split(features[0], sizes)
+
+    # -- inside the vision tower --
+
+    @abstractmethod
+    def tower_layers(self, core: Any) -> list[nn.Module]:
+        """Layers of the tower, up to the last one whose attention over whole frames reaches the projector."""
+
+    @abstractmethod
+    def tower_attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module of a tower layer."""
+
+    @abstractmethod
+    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
+        """Queries and keys that a tower layer's attention makes of its input.
+
+        Args:
+            arguments: the others that it was called with.
+        """
+
+    @abstractmethod
+    def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        """``[size, K]`` for each item: ``values [patches, K]`` of the tower, pooled and ordered as the features are."""
+
+    def has_cls(self, core: Any) -> bool:
+        """Whether the tower's layers have a CLS token before the patches of each view."""
+        return False
+
+    def pooling_head(self, core: Any) -> nn.Module | None:
+        """The tower's attention-pooling head, where it has one that runs."""
+        return None
+
+    def arrange_views(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        """``[T, K]`` for each item, of ``values [views, K]``; only for towers with a CLS token or a pooling head."""
+        raise NotImplementedError
 
     # -- attention of chosen rows --
 
@@ -179,4 +231,13 @@ def supported_models() -> str:
     return ", ".join(sorted(ADAPTERS.items()))
 
 
-__all__ = ["ADAPTERS", "Encoding", "Item", "ModelAdapter", "Segment", "find_adapter", "supported_models"]
+__all__ = [
+    "ADAPTERS",
+    "Encoding",
+    "Item",
+    "ModelAdapter",
+    "Segment",
+    "TowerStates",
+    "find_adapter",
+    "supported_models",
+]

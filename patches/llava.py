@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, Segment
+from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, Segment, TowerStates
 
 
 class Llava(ModelAdapter):
@@ -57,6 +57,64 @@ class Llava(ModelAdapter):
         parts = torch.split(features[0], sizes)
         output.pooler_output = torch.stack(parts) if stacked else list(parts)
 
+    # -- inside the vision tower: CLIP or SigLIP --
+
+    def tower_layers(self, core: Any) -> list[nn.Module]:
+        layers = list(core.vision_tower.encoder.layers)
+        read = core.config.vision_feature_layer
+        last = read if isinstance(read, int) else read[-1]
+        # Hidden state 0 is that before the first layer.
+        return layers[: last if last >= 0 else len(layers) + 1 + last]
+
+    def tower_attention(self, layer: Any) -> nn.Module:
+        return layer.self_attn
+
+    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        query, key = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+        return [TowerStates(places, query, key, attention.scale)]
+
+    def has_cls(self, core: Any) -> bool:
+        return hasattr(core.vision_tower.embeddings, "class_embedding")
+
+    def pooling_head(self, core: Any) -> nn.Module | None:
+        return getattr(core.vision_tower, "head", None)
+
+    def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        vision = core.config.vision_config
+        side = vision.image_size // vision.patch_size
+        views = values.float().unflatten(0, (-1, side**2))
+        if kind == "video":
+            pooled = self.pool(core, views.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
+            return list(pooled.unflatten(0, encoding["pixel_values_videos"].shape[:2]).flatten(1, 2))
+        return self.pack(core, encoding, list(views.split(self._view_counts(core, encoding))))
+
+    def arrange_views(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        if kind == "video":
+            return list(values.unflatten(0, encoding["pixel_values_videos"].shape[:2]))
+        return [views[:1] for views in values.split(self._view_counts(core, encoding))]
+
+    @abstractmethod
+    def pool(self, core: Any, views: Tensor) -> Tensor:
+        """``views [frames, K, side, side]`` of a video, pooled as its features are."""
+
+    @abstractmethod
+    def pack(self, core: Any, encoding: Encoding, views: list[Tensor]) -> list[Tensor]:
+        """``[views, side * side, K]`` of each image joined as its features are, with zeros for newlines."""
+
+    def _view_counts(self, core: Any, encoding: Encoding) -> list[int]:
+        count = sys.modules[type(core).__module__].image_size_to_num_patches
+        config = core.config
+        return [
+            count(
+                image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size
+            )
+            if single
+            else 1
+            for size, single in _images(encoding)
+        ]
+
     def _image(self, core: Any, size: Any, single: bool, limit: int | None) -> Item:
         """The whole view, then the tiles joined to one picture without its padding, a newline after each line."""
         modeling = sys.modules[type(core).__module__]
@@ -73,7 +131,7 @@ class Llava(ModelAdapter):
             ratio = math.sqrt(height * width / (limit * side**2))
             if ratio > 1.1:
                 height, width = int(height // ratio), int(width // ratio)
-        tiles = Segment(side * side, (1, height, width), width + 1)
+        tiles = Segment(side * side, (1, height, width), width + 1, (rows, columns))
         return Item(side * side + height * (width + 1), (whole, tiles))
 
 
@@ -89,8 +147,16 @@ class LlavaOnevision(Llava):
         return math.ceil(vision.image_size // vision.patch_size / 2)
 
     def max_tiles(self, core: Any, encoding: Encoding) -> int:
-        ratio: str = encoding.get("vision_aspect_ratio") or core.config.vision_aspect_ratio
-        return int(ratio.removeprefix("anyres_max_"))
+        return int(_aspect_ratio(core, encoding).removeprefix("anyres_max_"))
+
+    def pool(self, core: Any, views: Tensor) -> Tensor:
+        side = self.pooled_side(core)
+        return nn.functional.interpolate(views, size=(side, side), mode="bilinear")
+
+    def pack(self, core: Any, encoding: Encoding, views: list[Tensor]) -> list[Tensor]:
+        newline = views[0].new_zeros(views[0].shape[-1])
+        ratio = _aspect_ratio(core, encoding)
+        return core.pack_image_features(views, encoding["image_sizes"], newline, vision_aspect_ratio=ratio)[0]
 
 
 class LlavaNextVideo(Llava):
@@ -101,6 +167,19 @@ class LlavaNextVideo(Llava):
     def pooled_side(self, core: Any) -> int:
         vision = core.config.vision_config
         return vision.image_size // vision.patch_size // core.config.spatial_pool_stride
+
+    def pool(self, core: Any, views: Tensor) -> Tensor:
+        # The mean, whatever the features are pooled by: learnt convolutions fit these alone.
+        return nn.functional.avg_pool2d(views, core.config.spatial_pool_stride)
+
+    def pack(self, core: Any, encoding: Encoding, views: list[Tensor]) -> list[Tensor]:
+        newline = views[0].new_zeros(views[0].shape[-1])
+        strategy = core.config.vision_feature_select_strategy
+        return core.pack_image_features(views, encoding["image_sizes"], strategy, newline)[0]
+
+
+def _aspect_ratio(core: Any, encoding: Encoding) -> str:
+    return encoding.get("vision_aspect_ratio") or core.config.vision_aspect_ratio
 
 
 def _images(encoding: Encoding) -> list[tuple[Any, bool]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
 
-from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter
+from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, TowerStates
 
 
 class QwenVL(ModelAdapter):
@@ -42,6 +44,39 @@ class QwenVL(ModelAdapter):
         grid_thw = encoding["video_grid_thw"].clone()
         grid_thw[:, 0] = torch.tensor([len(indices) for indices in chosen])
         return {**encoding, "pixel_values_videos": torch.cat(units), "video_grid_thw": grid_thw}
+
+    def tower_layers(self, core: Any) -> list[nn.Module]:
+        # Qwen2.5-VL's other blocks attend within windows.
+        whole = getattr(core.visual, "fullatt_block_indexes", None)
+        return list(core.visual.blocks)[: None if whole is None else max(whole) + 1]
+
+    def tower_attention(self, layer: Any) -> nn.Module:
+        return layer.attn
+
+    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
+        query, key, _ = attention.qkv(hidden).view(hidden.shape[0], 3, attention.num_heads, -1).unbind(1)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        query, key = rotate(query, key, *arguments["position_embeddings"])
+        bounds: list[int] = arguments["cu_seqlens"].tolist()
+        starts: dict[int, list[int]] = {}
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            starts.setdefault(stop - start, []).append(start)
+        states = []
+        for size, first in starts.items():
+            places = torch.tensor(first, device=hidden.device)[:, None] + torch.arange(size, device=hidden.device)
+            of_chunks = (values[places].transpose(1, 2) for values in (query, key))
+            states.append(TowerStates(places, *of_chunks, attention.scaling))
+        return states
+
+    def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        visual = core.visual
+        merged = values.float().unflatten(0, (-1, visual.spatial_merge_size**2)).mean(dim=1)
+        if hasattr(visual, "window_size"):
+            order, _ = get_vision_window_index(
+                encoding[f"{kind}_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
+            )
+            merged = torch.empty_like(merged).index_copy_(0, order.to(merged.device), merged)
+        return list(merged.split([item.size for item in self.items(core, kind, encoding)]))
 
 
 class Qwen3VL(QwenVL):

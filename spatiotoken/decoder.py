@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from spatiotoken.config import PatchConfig
 from spatiotoken.patches.adapter import ModelAdapter
+from spatiotoken.positions import MEMBERS, compacted, member_rows, rotary_of_members
 from spatiotoken.sequence import (
     Rows,
     compact_index,
@@ -34,7 +35,8 @@ class SequenceStages:
     """Shortens the sequence of one model where its prompts bring pictures.
 
     Raises:
-        ValueError: the ``layers`` method needs a deeper model, or the model's attention is not supported.
+        ValueError: the ``layers`` method needs a deeper model, or the model's attention or kind of positions is not
+            supported.
     """
 
     def __init__(self, adapter: ModelAdapter, model: PreTrainedModel, config: PatchConfig) -> None:
@@ -46,6 +48,14 @@ class SequenceStages:
         text = self.language_model.config
         if (config.frames or config.tokens or config.layers) and _slides(text):
             raise ValueError("token reduction does not support sliding-window attention in the language model")
+        self.positions = config.tokens.positions if config.tokens else "keep"
+        supported = ("keep", "ppe") if adapter.remembers_rope else ("keep", "compact")
+        if self.positions not in supported:
+            kind = "M-RoPE" if adapter.remembers_rope else "1-D"
+            raise ValueError(
+                f"tokens.positions: {self.positions!r} does not work with this model's {kind} positions; supported: "
+                f"{', '.join(supported)}"
+            )
         # Beside a `layers` method, flash attention needs the decoder layers' arguments changed (see `layer`).
         self.wraps_layers = bool(self.prune_layers) or "flash" in str(text._attn_implementation)
 
@@ -109,6 +119,10 @@ class SequenceStages:
             index = compact_index(kept, max(1, *lengths), left=left)
         rows = Rows(index, kept.gather(1, index), lengths, left)
         if shortened:
+            if self.positions == "compact":
+                dropped = self._compact(arguments, valid, kept, cache, past)
+            elif self.positions == "ppe":
+                forward.members = self._member_positions(arguments, rows, forward)
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
@@ -121,6 +135,8 @@ class SequenceStages:
             forward.masks = self._masks(cache, arguments["inputs_embeds"], rows.padding, 0)
         output = original(**arguments)
         self._record_cache(cache, forward, length)
+        if shortened and self.positions == "compact" and cache is not None:
+            cache.layers[0].shift = dropped
         if forward.rows is not rows:
             remaining = torch.zeros_like(embeds[..., 0], dtype=torch.int64)
             last = forward.rows.to(embeds.device)
@@ -144,6 +160,42 @@ class SequenceStages:
             arguments["visual_pos_masks"] = gather_rows(pictures & kept, index, 1)
             arguments["deepstack_visual_embeds"] = [x[features] for x in arguments["deepstack_visual_embeds"]]
 
+    def _compact(self, arguments: dict[str, Any], valid: Tensor, kept: Tensor, cache: Any, past: int) -> Tensor:
+        """Number positions anew; ``[B]`` how far each sample's are now behind those of the whole conversation."""
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + kept.shape[1], device=kept.device)[None]
+        shift = (valid & ~kept).sum(1)
+        arguments["position_ids"] = compacted(positions, valid, kept)
+        before = None if cache is None else cache.layers[0].shift
+        if before is None:
+            return shift
+        arguments["position_ids"] = arguments["position_ids"] - before[:, None]
+        return shift + before
+
+    def _member_positions(self, arguments: dict[str, Any], rows: Rows, forward: Forward) -> Tensor:
+        """``[MEMBERS, 3, B, K]`` positions of the members of each row that is left."""
+        positions = arguments["position_ids"][-3:]
+        batch, length = rows.index.shape[0], positions.shape[-1]
+        members = torch.arange(batch * length, device=rows.index.device)[:, None].expand(-1, MEMBERS)
+        for kind, bearers in forward.recorder.all_bearers.items():
+            places = forward.recorder.places[kind].flatten().nonzero()[:, 0]
+            if places.shape != bearers.shape:
+                raise ValueError("tokens.positions: 'ppe' needs a whole prompt at once, not in chunks")
+            own = member_rows(batch * length, places, bearers.to(places.device))
+            members = torch.where(own != torch.arange(batch * length, device=own.device)[:, None], own, members)
+        flat = positions.expand(-1, batch, -1).flatten(1)
+        each = flat[:, members].unflatten(1, (batch, length))  # [3, B, L, MEMBERS]
+        index = rows.index[None, :, :, None].expand(3, -1, -1, MEMBERS)
+        return each.gather(2, index).permute(3, 0, 1, 2)
+
+    def rotary(self, original: Callable[..., Any], hidden: Tensor, position_ids: Tensor) -> Any:
+        """The language model's rotary embedding."""
+        forward = ACTIVE.get()
+        if forward is None or forward.members is None or position_ids.shape[-2:] != forward.members.shape[-2:]:
+            return original(hidden, position_ids)
+        return rotary_of_members(original, hidden, forward.members)
+
     def _continue(self, original: Callable[..., Any], arguments: dict[str, Any], forward: Forward) -> Any:
         """New text on a cache that is shorter than the conversation: decoding, or another turn."""
         cache, embeds, mask = arguments["past_key_values"], arguments["inputs_embeds"], arguments.get("attention_mask")
@@ -155,6 +207,12 @@ class SequenceStages:
         if padding is not None and bool(padding.all()):
             padding = None
         _check_evenly_pruned(cache, self.prune_layers)
+        if (shift := cache.layers[0].shift) is not None:
+            positions = arguments.get("position_ids")
+            if positions is None:
+                past = cache.layers[0].get_seq_length()
+                positions = torch.arange(past, past + new, device=embeds.device)[None]
+            arguments["position_ids"] = positions - shift.to(embeds.device)[:, None]
         arguments["attention_mask"] = cache.layers[0].attention_mask(padding, new)
         if self.prune_layers:
             forward.masks = self._masks(cache, embeds, padding, 0)

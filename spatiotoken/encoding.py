@@ -7,32 +7,62 @@ Whatever is left out, the features go on in their full length, survivors at thei
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spatiotoken.config import PatchConfig
-from spatiotoken.patches.adapter import Item, ModelAdapter
+from spatiotoken.patches.adapter import Item, ModelAdapter, Segment
 from spatiotoken.report import Recorder
 from spatiotoken.sequence import mark_dropped
 from spatiotoken.structures import Frames, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
 from spatiotoken.tokens.merging import mean_by_assignment
+from spatiotoken.tower import ItemExtras, TowerReader
 
 Choice = list[tuple[int, ...]]
 """Chosen temporal units of each video."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """The text around the pictures.
+
+    Attributes:
+        input_ids: ``[B, L]``.
+        valid: ``[B, L]`` False at padding; None if there is none.
+    """
+
+    input_ids: Tensor
+    valid: Tensor | None
+
+
 class FeatureStages:
-    """Runs the two stages for one model."""
+    """Runs the two stages for one model.
+
+    Raises:
+        ValueError: the ``tokens`` method needs a part of the vision tower that the model lacks.
+    """
 
     def __init__(self, adapter: ModelAdapter, core: Any, config: PatchConfig) -> None:
         self.adapter = adapter
         self.core = core
         self.config = config
+        self.reader: TowerReader | None = None
+        if config.tokens is not None and config.tokens.needs - {"question"}:
+            self.reader = TowerReader(adapter, core, config.tokens)
 
-    def run(self, kind: str, encoding: dict[str, Any], encode: Callable[..., Any], recorder: Recorder) -> Any:
+    def run(
+        self,
+        kind: str,
+        encoding: dict[str, Any],
+        encode: Callable[..., Any],
+        recorder: Recorder,
+        prompt: Prompt | None = None,
+    ) -> Any:
         """The output of ``encode`` (vision tower and projector), reduced.
 
         Args:
@@ -40,7 +70,7 @@ class FeatureStages:
             encoding: arguments of ``encode``.
 
         Raises:
-            ValueError: features that are not finite.
+            ValueError: features that are not finite, or no prompt for a method that needs the question.
             RuntimeError: features that do not lie as the adapter says.
         """
         full = self.adapter.items(self.core, kind, encoding)
@@ -49,7 +79,8 @@ class FeatureStages:
         if chosen is not None:
             encoding = self.adapter.take_frames(self.core, encoding, chosen)
             items = self.adapter.items(self.core, kind, encoding)
-        output = encode(encoding)
+        with self.reader.reading() if self.reader else nullcontext() as seen:
+            output = encode(encoding)
         features = self.adapter.read(output)
         trailing = self._trailing(items, features[0].shape[0])
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=features[0].device)
@@ -58,7 +89,14 @@ class FeatureStages:
             if not torch.isfinite(features[0]).all():
                 raise ValueError(f"the {kind} features contain NaN or infinity: nothing can be selected by them")
             with recorder.span("tokens"):
-                features = reduce_tokens(self.config.tokens, features, keep, bearers, items, trailing, recorder)
+                extras = [ItemExtras()] * len(items)
+                if self.reader and seen:
+                    extras = self.reader.extras(kind, encoding, seen)
+                questions: list[Tensor | None] = [None] * len(items)
+                if "question" in self.config.tokens.needs:
+                    questions = self._questions(kind, [item.size + trailing for item in full], prompt)
+                described = list(zip(items, extras, questions, strict=True))
+                features = reduce_tokens(self.config.tokens, features, keep, bearers, described, trailing, recorder)
         if chosen is not None:
             place = _full_rows(full, chosen, trailing, keep.device)
             total = sum(item.size + trailing for item in full)
@@ -69,6 +107,7 @@ class FeatureStages:
         if chosen is not None or self.config.tokens:
             features[0] = mark_dropped(features[0], keep)
             self.adapter.write(output, features, [item.size + trailing for item in full])
+            recorder.all_bearers[kind] = bearers
             if kind == "video":
                 sizes = [item.size + trailing for item in full]
                 starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -92,6 +131,41 @@ class FeatureStages:
         recorder.frames = tuple(chosen)
         return chosen
 
+    def _questions(self, kind: str, sizes: list[int], prompt: Prompt | None) -> list[Tensor | None]:
+        """``[L, D]`` embeddings of the text after the last picture of each item's sample, of all its text if nothing
+        follows."""
+        assert self.config.tokens is not None
+        if prompt is None:
+            raise ValueError(
+                f"tokens method {self.config.tokens.name!r} needs the question: call the model, or `generate`, with "
+                "input_ids and pixels together"
+            )
+        ids, core = prompt.input_ids, self.core.config
+        text = core.get_text_config()
+        pictures = (ids == core.image_token_id) | (ids == core.video_token_id)
+        others = [getattr(core, f"vision_{side}_token_id", None) for side in ("start", "end")]
+        others += [text.pad_token_id, text.bos_token_id, text.eos_token_id]
+        special = {token for token in others if isinstance(token, int)}
+        words = ~pictures & ~torch.isin(ids, ids.new_tensor(sorted(special)))
+        if prompt.valid is not None:
+            words &= prompt.valid[:, -ids.shape[1] :].bool()
+        after = words & (pictures.flip(1).cumsum(1).flip(1) == 0)
+        asked = torch.where(after.any(1, keepdim=True), after, words)
+        own = ids == (core.video_token_id if kind == "video" else core.image_token_id)
+        counts = own.sum(1).tolist()
+        # Placeholders and features differ by newlines that are added later; items of one sample stand together.
+        extra = (sum(counts) - sum(sizes)) // len(sizes)
+        embed = self.core.get_input_embeddings()
+        questions: list[Tensor | None] = []
+        for sample, count in enumerate(counts):
+            question = embed(ids[sample][asked[sample]]) if count else None
+            while count > 0 and len(questions) < len(sizes):
+                count -= sizes[len(questions)] + extra
+                questions.append(question)
+        if len(questions) != len(sizes):
+            raise ValueError(f"the prompt has placeholders for {len(questions)} {kind}s, not for {len(sizes)}")
+        return questions
+
     def _trailing(self, items: list[Item], rows: int) -> int:
         """How many tokens follow the grids of each item, from what the model returned."""
         expected = sum(item.size for item in items)
@@ -109,7 +183,7 @@ def reduce_tokens(
     features: list[Tensor],
     keep: Tensor,
     bearers: Tensor,
-    items: list[Item],
+    items: list[tuple[Item, ItemExtras, Tensor | None]],
     trailing: int,
     recorder: Recorder,
 ) -> list[Tensor]:
@@ -119,20 +193,23 @@ def reduce_tokens(
         features: ``[rows, D]`` each; the method sees the first, the others are merged as it says.
         keep: ``[rows]``, set to False where a token is dropped.
         bearers: ``[rows]``, set to the row that absorbed a token, -1 where none did.
+        items: with what else the method may want to know of each.
 
     Returns:
         ``features`` with each survivor's value at the row of its source.
     """
     reduced_features = list(features)
     start = 0
-    for item in items:
-        for segment in item.segments:
-            rows = start + segment.rows(keep.device)
-            video = VideoFeatures(features[0][rows], segment.grid)
-            reduced = method.reduce(video)
-            count = reduced.source.shape[0]
-            recorder.stage("tokens", method.name, video.num_tokens, count)
-            if count == video.num_tokens:
+    for item, extras, question in items:
+        local = [segment.rows(keep.device) for segment in item.segments]
+        views = [
+            _view(features[0][start + rows], segment, rows, extras, question)
+            for segment, rows in zip(item.segments, local, strict=True)
+        ]
+        for view, rows, reduced in zip(views, local, method.reduce_views(views), strict=True):
+            rows, count = start + rows, reduced.source.shape[0]
+            recorder.stage("tokens", method.name, view.num_tokens, count)
+            if count == view.num_tokens:
                 continue
             survivors = rows[reduced.source]
             keep[rows] = False
@@ -145,6 +222,21 @@ def reduce_tokens(
             ]
         start += item.size + trailing
     return reduced_features
+
+
+def _view(
+    embeddings: Tensor, segment: Segment, rows: Tensor, extras: ItemExtras, question: Tensor | None
+) -> VideoFeatures:
+    return VideoFeatures(
+        embeddings,
+        segment.grid,
+        saliency=None if extras.saliency is None else extras.saliency[:, rows],
+        hidden=None if extras.hidden is None else extras.hidden[rows],
+        keys=None if extras.keys is None else extras.keys[rows],
+        frame_features=extras.frame_features,
+        question=question,
+        tiles=segment.tiles,
+    )
 
 
 def _full_rows(full: list[Item], chosen: Choice, trailing: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from spatiotoken.attention import dispatch
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.decoder import SequenceStages
-from spatiotoken.encoding import FeatureStages
+from spatiotoken.encoding import FeatureStages, Prompt
 from spatiotoken.patches.adapter import ModelAdapter, find_adapter
 from spatiotoken.report import ForwardReport, Recorder
 from spatiotoken.sequence import without_marks
@@ -116,6 +116,7 @@ class _Patch:
         self.recorder: Recorder | None = None
         # Kinds that `generate` had encoded before its first forward; they belong to the report of that forward.
         self.encoded_ahead: set[str] = set()
+        self.prompt: Prompt | None = None  # of the pass at hand, for methods that need the question
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # The wrapped methods of a copy would run the original.
@@ -134,8 +135,15 @@ class _Patch:
             self._wrap(self.model, "forward", self._outer_forward)
             self._wrap(self.core, "forward", self._core_forward)
             self._wrap(sequence.language_model, "forward", sequence.enter)
+            if sequence.positions == "ppe":
+                rotary = sequence.language_model.rotary_emb
+                self._wrap(rotary, "forward", sequence.rotary, keep_positional=True)
             if self.adapter.remembers_rope:
                 self._wrap(self.model, "_prepare_position_ids_for_generation", self._position_ids)
+            # Later versions of transformers encode pictures before the first forward, without the text.
+            ahead = "_maybe_prepare_encoder_kwargs_for_generation"
+            if config.tokens and "question" in config.tokens.needs and hasattr(self.model, ahead):
+                self._wrap(self.model, ahead, self._encode_ahead)
             if sequence.wraps_layers:
                 for index, layer in enumerate(sequence.layers):
                     self._wrap(layer, "forward", functools.partial(sequence.layer, index), keep_positional=True)
@@ -184,7 +192,8 @@ class _Patch:
                 self._recall_rope(cache)
             elif arguments.get("position_ids") is None and self.adapter.remembers_rope:
                 self.core.rope_deltas = None  # those of another conversation
-            output = original(**arguments, return_dict=True)
+            with self._prompt(arguments.get("input_ids"), arguments.get("attention_mask")):
+                output = original(**arguments, return_dict=True)
             cache = output.past_key_values
             if self.adapter.remembers_rope and cache is not None and (first or _has_pictures(arguments)):
                 # Beside the keys that were rotated by it: the model itself remembers only its latest prompt.
@@ -226,7 +235,7 @@ class _Patch:
         else:
             embeds = arguments["inputs_embeds"]
             image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
-        forward.recorder.video_places = video
+        forward.recorder.places = {"video": video, "image": image}
         forward.recorder.visual = forward.recorder.visual_kept = (image | video).sum()
         if self.config.frames or self.config.tokens or self.config.layers:
             forward.visual = image | video if self.config.images else video
@@ -245,6 +254,21 @@ class _Patch:
 
     # -- feature extractors --
 
+    def _encode_ahead(self, original: Callable[..., Any], **arguments: Any) -> Any:
+        with self._prompt(arguments.get("inputs_tensor"), arguments["model_kwargs"].get("attention_mask")):
+            return original(**arguments)
+
+    @contextmanager
+    def _prompt(self, input_ids: Tensor | None, mask: Tensor | None) -> Iterator[None]:
+        """Remember the text for as long as pictures are encoded that belong to it."""
+        before = self.prompt
+        if input_ids is not None and input_ids.ndim == 2 and not input_ids.is_floating_point():
+            self.prompt = Prompt(input_ids, mask if mask is not None and mask.ndim == 2 else None)
+        try:
+            yield
+        finally:
+            self.prompt = before
+
     def _encode(self, kind: str, original: Callable[..., Any], **arguments: Any) -> Any:
         if _ENCODING.get():  # Qwen3-VL encodes videos by its image function
             return original(**arguments)
@@ -258,7 +282,8 @@ class _Patch:
             return original(**{theirs: encoding[ours]}, **rest)
 
         with self._encoding(kind) as recorder:
-            output = self.features.run(kind, {**arguments, ours: pixels, "return_dict": True}, encode, recorder)
+            encoding = {**arguments, ours: pixels, "return_dict": True}
+            output = self.features.run(kind, encoding, encode, recorder, self.prompt)
         return output.to_tuple() if arguments.get("return_dict") is False else output
 
     def _time_encoding(self, kind: str, original: Callable[..., Any], **arguments: Any) -> Any:

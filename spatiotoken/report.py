@@ -81,8 +81,11 @@ class Recorder:
         # For each video and each row of its features the row of that video that stands for it, -1 where none does;
         # None while all stand for themselves.
         self.bearers: list[Tensor] | None = None
-        # ``[B, L]``: where those rows lie in the prompt, and which tokens of it left the last decoder layer.
-        self.video_places: Tensor | None = None
+        # The same of all rows of a kind ("video", "image"), whatever item they belong to; and ``[B, L]`` where these
+        # lie in the prompt.
+        self.all_bearers: dict[str, Tensor] = {}
+        self.places: dict[str, Tensor] = {}
+        # ``[B, L]``: which tokens of the prompt left the last decoder layer.
         self.at_the_end: Tensor | None = None
         self.decode_steps = 0
         # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
@@ -137,7 +140,7 @@ class Recorder:
         )
 
     def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
-        places = self.video_places
+        places = self.places.get("video")
         if places is None or (self.bearers is None and self.at_the_end is None):
             return None
         alive = torch.ones_like(places) if self.at_the_end is None else self.at_the_end.to(places.device)

@@ -128,6 +128,8 @@ class LogicalLayer(DynamicLayer):
         in_place: ``[B, K]`` of the pass that dropped rows, True where a row is as far from the end as it was.
         uneven: other layers of the cache hold more or fewer rows.
         valid: ``[B, physical_length]`` False at padding; None if there is none.
+        shift: ``[B]`` how far positions, numbered anew, are behind those of the whole conversation; None where they
+            were kept. On a cache's first layer only.
     """
 
     def __init__(self) -> None:
@@ -137,6 +139,7 @@ class LogicalLayer(DynamicLayer):
         self.in_place: Tensor | None = None
         self.uneven = False
         self.valid: Tensor | None = None
+        self.shift: Tensor | None = None
 
     @property
     def physical_length(self) -> int:
@@ -186,7 +189,7 @@ class LogicalLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.dropped = self.appended = 0
-        self.valid = self.in_place = None
+        self.valid = self.in_place = self.shift = None
         self.uneven = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -212,6 +215,7 @@ class LogicalLayer(DynamicLayer):
     def _map_samples(self, function: Callable[[Tensor], Tensor]) -> None:
         self.valid = None if self.valid is None else function(self.valid)
         self.in_place = None if self.in_place is None else function(self.in_place)
+        self.shift = None if self.shift is None else function(self.shift)
 
 
 def is_logical(cache: Any) -> bool:

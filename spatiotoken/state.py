@@ -30,6 +30,7 @@ class Forward:
         history: from which decoder layer on which rows were there.
         overrides: position arguments of decoder layers, cut like the sequence.
         masks: the mask of each decoder layer, where not all layers have the same.
+        members: ``[members, 3, B, K]`` positions of the members of merged rows; None where rows have their own.
         scored: input and position embeddings of the layer whose attention ranks the tokens.
     """
 
@@ -45,6 +46,7 @@ class Forward:
     history: list[tuple[int, Rows]] = field(default_factory=list)
     overrides: dict[str, Any] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
+    members: Tensor | None = None
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
 

@@ -15,6 +15,11 @@ Attention = Literal["auto", "cls", "head", "received"]
 """Whose attention in the vision tower makes a token salient: the CLS token's, the pooling head's, that of all tokens
 (the mean that a token receives), or the first of these three that the tower has."""
 
+Positions = Literal["keep", "compact", "ppe"]
+"""Position ids of the tokens that are left: their own; numbered anew without gaps, as many authors do (models with 1-D
+positions); or those of several members of each merged token, each on its share of the rotary channels (Positional
+Preservation Embedding, arXiv 2510.22936; models with M-RoPE)."""
+
 
 class TokenReducer(Method):
     """Reduces the tokens of one video at a time, independent of what else is in the batch.
@@ -33,6 +38,8 @@ class TokenReducer(Method):
     """Arithmetic in ``T`` frames, ``N`` tokens per frame and ``D`` channels."""
     fidelity: ClassVar[str]
     """What the results were compared with."""
+
+    positions: Positions = Field("keep", description="what becomes of the position ids of the tokens that are left")
 
     @abstractmethod
     def reduce(self, video: VideoFeatures) -> ReducedTokens:

@@ -27,7 +27,9 @@ def top_indices(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
 
 
 def nearest(queries: Tensor, anchors: Tensor, *, chunk: int = 2048) -> Tensor:
-    """``[n]`` index of the anchor ``[m, D]`` with the highest cosine to each of ``queries [n, D]``, of equals the first.
+    """``[n]`` index of the row of ``anchors [m, D]`` with the highest cosine to each of ``queries [n, D]``.
+
+    Ties go to the lowest index.
 
     Memory is ``O(chunk * m)``.
     """

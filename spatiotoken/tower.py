@@ -1,0 +1,216 @@
+"""What methods want to know of a vision tower: saliency, hidden features, keys and summaries of frames.
+
+Read by hooks that are there only while the tower runs, from the layers that a method names. The tower itself runs as it
+always does, with its own attention; the weights of those layers are computed anew from their queries and keys, in
+chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatiotoken.patches.adapter import Encoding, ModelAdapter, TowerStates
+from spatiotoken.tokens.base import Attention, SaliencyReducer, TokenReducer
+
+_WEIGHTS = 1 << 25
+"""Attention weights that are held at a time."""
+
+
+@dataclass(frozen=True)
+class ItemExtras:
+    """Optional fields of ``VideoFeatures`` for all rows of one item; ``frame_features`` for its frames."""
+
+    saliency: Tensor | None = None
+    hidden: Tensor | None = None
+    keys: Tensor | None = None
+    frame_features: Tensor | None = None
+
+
+@dataclass
+class _Seen:
+    """What the hooks have caught of one run."""
+
+    attention: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    head_input: Tensor | None = None
+    head_output: Tensor | None = None
+
+
+class TowerReader:
+    """Reads what one method needs from one model's tower.
+
+    Raises:
+        ValueError: the method wants the attention of a part that the tower lacks.
+    """
+
+    def __init__(self, adapter: ModelAdapter, core: Any, method: TokenReducer) -> None:
+        self.adapter = adapter
+        self.core = core
+        self.needs = method.needs
+        self.layers = adapter.tower_layers(core)
+        self.head = adapter.pooling_head(core)
+        self.has_cls = adapter.has_cls(core)
+        self.attention = _resolve(method.attention if isinstance(method, SaliencyReducer) else "auto", self)
+        self.saliency_layers = method.saliency_layers(len(self.layers)) if "saliency" in self.needs else ()
+        if any(not 0 <= index < len(self.layers) for index in self.saliency_layers):
+            raise ValueError(f"{method.name}: the tower has no layers {self.saliency_layers}, only {len(self.layers)}")
+
+    @contextmanager
+    def reading(self) -> Iterator[_Seen]:
+        """Catch what passes through the tower meanwhile."""
+        seen = _Seen()
+        handles = []
+        if self.head is not None and self.needs & {"saliency", "frame_features"}:
+            handles.append(self.head.register_forward_hook(_catch_head(seen)))
+        wanted = set(self.saliency_layers) if self.attention != "head" else set()
+        if "keys" in self.needs:
+            wanted.add(len(self.layers) - 1)
+        for index in sorted(wanted):
+            module = self.adapter.tower_attention(self.layers[index])
+            handles.append(module.register_forward_pre_hook(_catch_attention(seen, index), with_kwargs=True))
+        if self.needs & {"hidden", "frame_features"}:
+            handles.append(self.layers[-1].register_forward_hook(_catch_hidden(seen)))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()  # they rank and group tokens, and do not become part of what the model computes
+    def extras(self, kind: str, encoding: Encoding, seen: _Seen) -> list[ItemExtras]:
+        """What was caught, item by item."""
+        count = len(self.adapter.items(self.core, kind, encoding))
+        found: dict[str, Sequence[Tensor | None]] = {}
+
+        def arranged(values: Tensor) -> list[Tensor]:
+            return self.adapter.arrange(self.core, kind, encoding, values)
+
+        if "saliency" in self.needs:
+            rows = torch.stack([self._saliency(seen, index) for index in self.saliency_layers], dim=-1)
+            found["saliency"] = [item.T for item in arranged(rows)]
+        if "keys" in self.needs:
+            module, hidden, arguments = seen.attention[len(self.layers) - 1]
+            states = self.adapter.tower_states(module, hidden, arguments)
+            keys = hidden.new_empty(_flat(hidden).shape[0], states[0].key.shape[-1], dtype=torch.float32)
+            for part in states:
+                keys[part.places] = part.key.float().mean(dim=1)
+            found["keys"] = arranged(self._patches(keys, hidden))
+        if self.needs & {"hidden", "frame_features"}:
+            assert seen.hidden is not None
+            patches = self._patches(_flat(seen.hidden), seen.hidden)
+            found["hidden"] = arranged(patches)
+        if "frame_features" in self.needs:
+            summary = self._summary(seen)
+            if summary is None:
+                items = self.adapter.items(self.core, kind, encoding)
+                found["frame_features"] = [
+                    hidden[segment.rows(hidden.device)].unflatten(0, (segment.grid[0], -1)).float().mean(dim=1)
+                    for hidden, item in zip(found["hidden"], items, strict=True)
+                    if hidden is not None and (segment := item.segments[0])
+                ]
+            else:
+                found["frame_features"] = self.adapter.arrange_views(self.core, kind, encoding, summary)
+        nothing: list[Tensor | None] = [None] * count
+        return [
+            ItemExtras(**{name: found.get(name, nothing)[index] for name in ItemExtras.__dataclass_fields__})
+            for index in range(count)
+        ]
+
+    def _saliency(self, seen: _Seen, index: int) -> Tensor:
+        """``[patches]`` attention that each patch got in a layer."""
+        if self.attention == "head":
+            if self.head is None or seen.head_input is None:
+                raise RuntimeError("the pooling head of the tower did not run")
+            return _head_weights(self.head, seen.head_input).flatten()
+        module, hidden, arguments = seen.attention[index]
+        states = self.adapter.tower_states(module, hidden, arguments)
+        got = hidden.new_empty(_flat(hidden).shape[0], dtype=torch.float32)
+        for part in states:
+            query = part.query[:, :, :1] if self.attention == "cls" else part.query
+            got[part.places] = mean_weights(query, part.key, part.scale)
+        return self._patches(got[:, None], hidden)[:, 0]
+
+    def _patches(self, values: Tensor, like: Tensor) -> Tensor:
+        """Rows of a layer without those of the CLS tokens."""
+        return values.unflatten(0, like.shape[:2])[:, 1:].flatten(0, 1) if self.has_cls else values
+
+    def _summary(self, seen: _Seen) -> Tensor | None:
+        """``[views, Dv]`` what the tower itself makes of each view."""
+        if self.has_cls and seen.hidden is not None:
+            return seen.hidden[:, 0].float()
+        return None if seen.head_output is None else seen.head_output.float()
+
+
+def mean_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``[V, n]`` float32 softmax weights that keys ``[V, heads, n, d]`` get, averaged over heads and ``query`` rows.
+
+    Args:
+        query: ``[V, heads, m, d]``.
+    """
+    views, heads, rows, _ = query.shape
+    got = query.new_zeros(views, key.shape[2], dtype=torch.float32)
+    view_step = max(1, _WEIGHTS // (heads * rows * key.shape[2]))
+    row_step = max(1, _WEIGHTS // (heads * key.shape[2]))
+    for first in range(0, views, view_step):
+        some = slice(first, first + view_step)
+        keys = key[some].float().transpose(-1, -2)
+        for queries in (query[some].float() * scale).split(row_step, dim=2):
+            got[some] += (queries @ keys).softmax(dim=-1).sum(dim=(1, 2))
+    return got / (heads * rows)
+
+
+def _resolve(wanted: Attention, reader: TowerReader) -> Attention:
+    has = {"cls": reader.has_cls, "head": reader.head is not None, "received": True}
+    if wanted == "auto":
+        return next(name for name in ("cls", "head", "received") if has[name])  # type: ignore[return-value]
+    if not has[wanted]:
+        there = ", ".join(name for name, present in has.items() if present)
+        raise ValueError(f"tokens.attention: this model's vision tower has no {wanted!r}; supported: auto, {there}")
+    return wanted
+
+
+def _head_weights(head: Any, hidden: Tensor) -> Tensor:
+    """``[V, n]`` weights that SigLIP's pooling head gives the patches, averaged over its heads."""
+    attention: nn.MultiheadAttention = head.attention
+    width = attention.embed_dim
+    probe = head.probe.expand(hidden.shape[0], -1, -1)
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query = nn.functional.linear(probe, weight[:width], bias[:width])
+    key = nn.functional.linear(hidden, weight[width : 2 * width], bias[width : 2 * width])
+    query, key = (states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in (query, key))
+    return mean_weights(query, key, query.shape[-1] ** -0.5)
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.flatten(0, -2)
+
+
+def _catch_attention(seen: _Seen, index: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        rest = dict(arguments)
+        seen.attention[index] = module, args[0] if args else rest.pop("hidden_states"), rest
+
+    return hook
+
+
+def _catch_hidden(seen: _Seen) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.hidden = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _catch_head(seen: _Seen) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.head_input, seen.head_output = args[0], output
+
+    return hook
+
+
+__all__ = ["ItemExtras", "TowerReader", "TowerStates", "mean_weights"]
