@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from spatiotoken.attention import SparsePrefill
 from spatiotoken.frames import FrameSelector
-from spatiotoken.layers import LayerPruner
+from spatiotoken.layers import LayerReducer
 from spatiotoken.registry import METHODS, STAGES, Method
 from spatiotoken.tokens import TokenReducer
 
@@ -39,7 +39,7 @@ class PatchConfig(BaseModel):
     images: bool = Field(False, description="reduce images too, not only videos")
     frames: SerializeAsAny[FrameSelector] | None = Field(None, description="which frames are seen at all")
     tokens: SerializeAsAny[TokenReducer] | None = Field(None, description="prune or merge before the language model")
-    layers: SerializeAsAny[LayerPruner] | None = Field(None, description="prune between decoder layers")
+    layers: SerializeAsAny[LayerReducer] | None = Field(None, description="prune or merge between decoder layers")
     attention: SerializeAsAny[SparsePrefill] | None = Field(None, description="compute prefill attention sparsely")
 
     @field_validator(*STAGES, mode="before")
@@ -80,6 +80,7 @@ def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, /, **overr
     """A checked config from a preset's name, a YAML path, a dict or a config.
 
     Args:
+        config: ``"divprune"`` is a preset, ``"divprune-10"`` the same at a retention of 10 %.
         overrides: single keys to change, as ``**{"tokens.retention": 0.1}``. ``"tokens.method"`` swaps the method and
             forgets the parameters of the one before; ``tokens=None`` removes the stage.
 
@@ -98,9 +99,7 @@ def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, /, **overr
 
 def presets() -> dict[str, PatchConfig]:
     """The named configs that come with the library."""
-    files = resources.files("spatiotoken.configs").iterdir()
-    names = sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-    return {name: load_config(name) for name in names}
+    return {name: load_config(name) for name in _preset_names()}
 
 
 def config_schema() -> dict[str, Any]:
@@ -125,8 +124,10 @@ def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(config, str | Path):
         raise ConfigError(f"a config is a preset's name, a path, a dict or a PatchConfig, not {config!r}")
     path = Path(config)
+    percent: int | None = None
     if isinstance(config, str) and path.name == config and path.suffix not in {".yaml", ".yml"}:
-        text, where = _preset_text(config), f"preset {config!r}"
+        name, percent = _preset_name(config)
+        text, where = _preset_text(name), f"preset {name!r}"
     else:
         try:
             text, where = path.read_text(encoding="utf-8"), str(path)
@@ -138,7 +139,7 @@ def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be a mapping of keys, not {type(data).__name__}")
-    return data
+    return data if percent is None else _at_percent(dict(data), percent, where)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -152,14 +153,40 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _preset_text(name: str) -> str:
+def _preset_name(name: str) -> tuple[str, int | None]:
+    """``divprune-10`` is the preset ``divprune`` at a retention of 10 %."""
+    base, dash, percent = name.rpartition("-")
+    if dash and base in _preset_names() and percent.isdecimal():
+        return base, int(percent)
+    return name, None
+
+
+def _at_percent(data: dict[str, Any], percent: int, where: str) -> dict[str, Any]:
+    for stage in ("tokens", "layers"):
+        settings = data.get(stage) or {}
+        if settings and "retention" in METHODS[stage].get(str(settings.get("method"))).model_fields:
+            if not 1 <= percent <= 100:
+                raise ConfigError(f"{where} at {percent} %: a retention is a whole percentage from 1 to 100")
+            description = f"{str(data.get('description', '')).rstrip('.')}; retention of {percent} %."
+            return data | {"description": description, stage: {**settings, "retention": percent / 100}}
+    raise ConfigError(f"{where} has no retention ratio that could be {percent} %")
+
+
+def _preset_names() -> list[str]:
     folder = resources.files("spatiotoken.configs")
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _preset_text(name: str) -> str:
+    names = _preset_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"unknown preset {name!r}{hint}; supported: {', '.join(names)}, or the path of a .yaml file")
-    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        raise ConfigError(
+            f"unknown preset {name!r}{hint}; supported: {', '.join(names)}, one of these with a retention in percent "
+            "(divprune-10), or the path of a .yaml file"
+        )
+    return (resources.files("spatiotoken.configs") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _override(data: dict[str, Any], key: str, value: Any) -> None:

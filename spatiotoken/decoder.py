@@ -6,6 +6,7 @@ its original length again, with zeros where a token was dropped, so callers may 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,8 @@ class SequenceStages:
                 f"tokens.positions: {self.positions!r} does not work with this model's {kind} positions; supported: "
                 f"{', '.join(supported)}"
             )
+        # Whether the layers before those that prune must leave their input, from which attention is computed.
+        self.scores = bool(config.layers and config.layers.needs & {"attention", "received"})
         # Beside a `layers` method, flash attention needs the decoder layers' arguments changed (see `layer`).
         self.wraps_layers = bool(self.prune_layers) or "flash" in str(text._attn_implementation)
 
@@ -125,6 +128,8 @@ class SequenceStages:
                 forward.members = self._member_positions(arguments, rows, forward)
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
+        if self.config.layers and "coordinates" in self.config.layers.needs:
+            forward.coordinates = _coordinates(forward)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
         if shortened or past:
             # Without a cache an explicit mask, as `layer_mask` says.
@@ -140,7 +145,10 @@ class SequenceStages:
         if forward.rows is not rows:
             remaining = torch.zeros_like(embeds[..., 0], dtype=torch.int64)
             last = forward.rows.to(embeds.device)
-            forward.recorder.at_the_end = remaining.scatter_add_(1, last.index, last.valid.long()) > 0
+            at_the_end = remaining.scatter_add_(1, last.index, last.valid.long()) > 0
+            for sample, tokens, survivors in reversed(forward.absorbed):
+                at_the_end[sample, tokens] = at_the_end[sample, survivors]
+            forward.recorder.at_the_end = at_the_end
         if shortened or forward.rows is not rows:
             tail = length if forward.tail is None else min(forward.tail, length)
             output.last_hidden_state = restore_rows(output.last_hidden_state, forward.rows, length, tail)
@@ -268,18 +276,18 @@ class SequenceStages:
             hidden = self._prune(forward, index, hidden, arguments)
         if index in forward.masks:
             arguments["attention_mask"] = forward.masks[index]
-        if index + 1 in self.prune_layers:
+        if index + 1 in self.prune_layers and self.scores:
             forward.scored = hidden, arguments["position_embeddings"]
         return original(hidden, **arguments)
 
     def _prune(self, forward: Forward, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Drop visual tokens before decoder layer ``index``, by the attention that they got in the layer before."""
+        """Drop or merge visual tokens before decoder layer ``index``."""
         assert self.config.layers is not None and forward.rows is not None and forward.visual is not None
         # Layers of a dispatched model may be on other devices than the embeddings.
         rows, visual = forward.rows.to(hidden.device), forward.visual.to(hidden.device)
         cache = arguments.get("past_key_values")
         with forward.recorder.span("layers"):
-            keep, counts = self._select(forward, index, cache, rows, visual)
+            hidden, keep, counts = self._reduce(forward, index, cache, hidden, rows, visual)
             forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))
             if counts == forward.counts:
                 return hidden
@@ -297,9 +305,60 @@ class SequenceStages:
             forward.recorder.layer_lengths[index:] = [lengths] * (len(self.layers) - index)
         return hidden
 
-    def _select(self, forward: Forward, index: int, cache: Any, rows: Rows, visual: Tensor) -> tuple[Tensor, list[int]]:
-        """``[B, K]`` True at the rows that the method keeps, and how many visual ones of each sample these are."""
-        assert self.config.layers is not None and forward.scored is not None
+    def _reduce(
+        self, forward: Forward, index: int, cache: Any, hidden: Tensor, rows: Rows, visual: Tensor
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """``hidden`` with merged values, ``[B, K]`` True at the rows that stay, and how many visual ones of each sample
+        these are."""
+        method = self.config.layers
+        assert method is not None
+        attention, received = self._scores(forward, index, cache, rows)
+        keep, counts = torch.ones_like(visual), list(forward.counts)
+        order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        merged = hidden
+        for sample, count in enumerate(forward.counts):
+            if not count:
+                continue
+            places = order[sample, :count]
+            coordinates = None
+            if forward.coordinates is not None:
+                coordinates = forward.coordinates[sample].to(hidden.device)[rows.index[sample, places]]
+            left = method.reduce(
+                LayerTokens(
+                    layer=index,
+                    num_initial=forward.initial[sample],
+                    attention=None if attention is None else attention[sample][:, places],
+                    received=None if received is None else functools.partial(_of_sample, received, sample, places),
+                    hidden=hidden[sample, places] if "hidden" in method.needs else None,
+                    coordinates=coordinates,
+                    depth=len(self.layers),
+                ),
+                forward.memory.get(sample),
+            )
+            forward.memory[sample] = left.memory
+            counts[sample] = left.kept.shape[0]
+            if counts[sample] == count:
+                continue
+            keep[sample, places] = False
+            keep[sample, places[left.kept]] = True
+            if left.hidden is not None:
+                batch = torch.full_like(left.kept, sample)
+                merged = merged.index_put((batch, places[left.kept]), left.hidden.to(hidden.dtype))
+            if left.assignment is not None:
+                absorbed = left.assignment >= 0
+                into = places[left.kept][left.assignment[absorbed]]
+                forward.absorbed.append((sample, rows.index[sample, places[absorbed]], rows.index[sample, into]))
+        return merged, keep, counts
+
+    def _scores(
+        self, forward: Forward, index: int, cache: Any, rows: Rows
+    ) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
+        """Weights ``[B, heads, K]`` that the last token gave each row in the layer before, and what makes the mean
+        ``[B, K]`` that each row got there; None where the method does not ask for it."""
+        assert self.config.layers is not None
+        wanted = self.config.layers.needs & {"attention", "received"}
+        if not wanted or forward.scored is None:  # nothing is before the first layer
+            return None, None
         hidden, position_embeddings = forward.scored
         forward.scored = None
         length, keys, seen = hidden.shape[1], None, rows.padding
@@ -307,21 +366,26 @@ class SequenceStages:
         if layer is not None and layer.is_initialized:
             # The rows of this pass are in that layer's cache already, but not yet on its record.
             keys, seen = layer.keys, joined_valid(layer.valid, layer.keys.shape[2] - length, rows.padding, length)
-        last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
-        attention = self.adapter.attention_rows(
-            self.layers[index - 1], hidden, torch.tensor(last, device=hidden.device), position_embeddings, keys, seen
-        )[:, :, 0, -length:]
-        keep, counts = torch.ones_like(visual), list(forward.counts)
-        order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        for sample, count in enumerate(forward.counts):
-            if count:
-                places = order[sample, :count]
-                weights = attention[sample][:, places]
-                kept = self.config.layers.select(LayerTokens(index, forward.initial[sample], weights))
-                keep[sample, places] = False
-                keep[sample, places[kept]] = True
-                counts[sample] = kept.shape[0]
-        return keep, counts
+
+        def weights(query_rows: Tensor) -> Tensor:
+            return self.adapter.attention_rows(
+                self.layers[index - 1], hidden, query_rows, position_embeddings, keys, seen
+            )[..., -length:]
+
+        @functools.cache
+        def received() -> Tensor:
+            got = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
+            for queries in torch.arange(length, device=hidden.device).expand(hidden.shape[0], -1).split(_QUERIES, 1):
+                # Padding asks nothing; what it gives, which may be NaN, is left out.
+                given = weights(queries).mean(dim=1).masked_fill(~rows.valid.gather(1, queries)[..., None], 0)
+                got += given.sum(dim=1)
+            return got / torch.tensor(rows.lengths, device=hidden.device)[:, None]
+
+        attention = None
+        if "attention" in wanted:
+            last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
+            attention = weights(torch.tensor(last, device=hidden.device))[:, :, 0]
+        return attention, received if "received" in wanted else None
 
     def deepstack(self, original: Callable[..., Any], hidden: Tensor, pictures: Tensor, features: Tensor) -> Any:
         """Adding features of the tower to hidden states, which may have become shorter since the entry."""
@@ -334,6 +398,31 @@ class SequenceStages:
         present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
         here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
         return original(hidden, here, features[present[pictures]])
+
+
+def _of_sample(received: Callable[[], Tensor], sample: int, places: Tensor) -> Tensor:
+    return received()[sample, places]
+
+
+def _coordinates(forward: Forward) -> Tensor:
+    """``[B, L, 4]`` of each token its grid, and its frame, row and column there; -1 at everything else."""
+    recorder = forward.recorder
+    shape = next(iter(recorder.places.values())).shape
+    found = torch.full((*shape, 4), -1, device=next(iter(recorder.places.values())).device)
+    for kind, items in recorder.coordinates.items():
+        places = recorder.places[kind]
+        # Some versions of transformers put newlines between the features only later on.
+        newlines, rest = divmod(int(places.sum()) - sum(map(len, items)), len(items))
+        if rest or newlines not in (0, 1):
+            raise ValueError("this `layers` method needs a whole prompt at once, not in chunks")
+        rows = torch.cat([torch.nn.functional.pad(item, (0, 0, 0, newlines), value=-1) for item in items])
+        rows[:, 0] += torch.where(rows[:, 0] < 0, 0, found[..., 0].max() + 1)  # each kind counts its grids from 0
+        found[places] = rows.to(found.device)
+    return found
+
+
+_QUERIES = 256
+"""Query rows whose attention is held at a time."""
 
 
 def _slides(config: Any) -> bool:

@@ -83,6 +83,8 @@ class FeatureStages:
             output = encode(encoding)
         features = self.adapter.read(output)
         trailing = self._trailing(items, features[0].shape[0])
+        if self.config.layers and "coordinates" in self.config.layers.needs:
+            recorder.coordinates[kind] = _coordinates(full, trailing, features[0].device)
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=features[0].device)
         bearers = torch.arange(features[0].shape[0], device=features[0].device)
         if self.config.tokens:
@@ -222,6 +224,21 @@ def reduce_tokens(
             ]
         start += item.size + trailing
     return reduced_features
+
+
+def _coordinates(items: list[Item], trailing: int, device: torch.device) -> list[Tensor]:
+    """``[size + trailing, 4]`` of each item: grid (each segment is one), frame, row and column; -1 at newlines."""
+    found, grid = [], 0
+    for item in items:
+        rows = torch.full((item.size + trailing, 4), -1, device=device)
+        for segment in item.segments:
+            frames, height, width = segment.grid
+            axes = [torch.arange(size, device=device) for size in (frames, height, width)]
+            places = torch.cartesian_prod(*axes).view(-1, 3)
+            rows[segment.rows(device)] = torch.nn.functional.pad(places, (1, 0), value=grid)
+            grid += 1
+        found.append(rows)
+    return found
 
 
 def _view(

@@ -128,9 +128,14 @@ class _Patch:
         try:
             for owner in (self.model, self.core):
                 self.undo.set(owner, _HANDLE, self)
-            reduced = {"video": config.frames or config.tokens, "image": config.tokens and config.images}
+            # What takes part: where something is reduced, or the `layers` method wants to know how features lie.
+            placed = config.layers and "coordinates" in config.layers.needs
+            taken = {
+                "video": config.frames or config.tokens or placed,
+                "image": config.images and (config.tokens or placed),
+            }
             for kind in ("video", "image"):
-                encode = self._encode if reduced[kind] else self._time_encoding
+                encode = self._encode if taken[kind] else self._time_encoding
                 self._wrap(self.core, f"get_{kind}_features", functools.partial(encode, kind))
             self._wrap(self.model, "forward", self._outer_forward)
             self._wrap(self.core, "forward", self._core_forward)

@@ -85,6 +85,8 @@ class Recorder:
         # lie in the prompt.
         self.all_bearers: dict[str, Tensor] = {}
         self.places: dict[str, Tensor] = {}
+        # ``[size, 4]`` of each item's rows: grid, frame, row and column; only if the `layers` method asks.
+        self.coordinates: dict[str, list[Tensor]] = {}
         # ``[B, L]``: which tokens of the prompt left the last decoder layer.
         self.at_the_end: Tensor | None = None
         self.decode_steps = 0

@@ -31,6 +31,9 @@ class Forward:
         overrides: position arguments of decoder layers, cut like the sequence.
         masks: the mask of each decoder layer, where not all layers have the same.
         members: ``[members, 3, B, K]`` positions of the members of merged rows; None where rows have their own.
+        coordinates: ``[B, L, 4]`` where each visual token lies; None unless the ``layers`` method asks.
+        memory: what the ``layers`` method wants to know of its earlier layers, by sample.
+        absorbed: sample, tokens and survivors of each merge between layers, as rows of the original prompt.
         scored: input and position embeddings of the layer whose attention ranks the tokens.
     """
 
@@ -47,6 +50,9 @@ class Forward:
     overrides: dict[str, Any] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
     members: Tensor | None = None
+    coordinates: Tensor | None = None
+    memory: dict[int, Any] = field(default_factory=dict)
+    absorbed: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
 

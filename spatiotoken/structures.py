@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,12 +149,53 @@ class FrameChoice:
 class LayerTokens:
     """Visual tokens of one sample, just before a decoder layer.
 
+    The last four are there only if the method asks for them (``LayerReducer.needs``).
+
     Attributes:
         layer: index of the decoder layer they are about to enter.
         num_initial: how many visual tokens of the sample entered the language model.
         attention: ``[heads, n]`` softmax weights that the last prompt token gave them in the layer before.
+        received: makes ``[n]`` attention that they got in the layer before, the mean over heads and all queries; only
+            computed when called, for it costs as much as the layer's attention does.
+        hidden: ``[n, D]`` hidden states.
+        coordinates: ``[n, 4]`` int64 of each the grid that it belongs to, and its frame, row and column there; -1 where
+            it belongs to none, as newlines do.
+        depth: how many decoder layers there are.
     """
 
     layer: int
     num_initial: int
-    attention: Tensor
+    attention: Tensor | None = None
+    received: Callable[[], Tensor] | None = None
+    hidden: Tensor | None = None
+    coordinates: Tensor | None = None
+    depth: int = 0
+
+    def needed(self, name: str) -> Tensor:
+        """A value that the method has asked for.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"these tokens come without {name}, which the method needs")
+        return value() if callable(value) else value
+
+
+@dataclass(frozen=True)
+class LayerReduction:
+    """What a ``layers`` method leaves of a sample's ``n`` visual tokens.
+
+    Attributes:
+        kept: ``[k]`` int64, strictly increasing: the tokens whose places and position ids the survivors keep.
+        hidden: ``[k, D]`` their hidden states, if these change.
+        assignment: ``[n]`` int64: the survivor that absorbed each token, -1 where it was dropped; None if nothing was
+            merged.
+        memory: what the method wants to be told at its next layer.
+    """
+
+    kept: Tensor
+    hidden: Tensor | None = None
+    assignment: Tensor | None = None
+    memory: Any = None

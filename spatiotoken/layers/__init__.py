@@ -1,5 +1,5 @@
 """Methods of the `layers` stage, one file each."""
 
-from spatiotoken.layers.base import LayerPruner
+from spatiotoken.layers.base import LayerPruner, LayerReducer
 
-__all__ = ["LayerPruner"]
+__all__ = ["LayerPruner", "LayerReducer"]

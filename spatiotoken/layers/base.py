@@ -1,29 +1,49 @@
-"""The contract of the ``layers`` stage: prune visual tokens between decoder layers."""
+"""The contract of the ``layers`` stage: prune or merge visual tokens between decoder layers."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from spatiotoken.registry import Method
-from spatiotoken.structures import LayerTokens
+from spatiotoken.structures import LayerReduction, LayerTokens
 
 
-class LayerPruner(Method):
-    """Drops visual tokens of one sample at a time; the sequence is really shorter from that layer on."""
+class LayerReducer(Method):
+    """Reduces the visual tokens of one sample at a time; the sequence is really shorter from that layer on."""
 
     stage: ClassVar[str] = "layers"
+    needs: ClassVar[frozenset[str]]
+    """Optional fields of ``LayerTokens`` that ``reduce`` reads."""
 
     @abstractmethod
     def prune_layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers (of ``depth``, each >= 1) before which tokens are dropped, in rising order.
+        """Decoder layers (of ``depth``) before which tokens may go, in rising order; from 1 on where the method needs
+        attention of the layer before.
 
         Raises:
             ValueError: if the model is not deep enough.
         """
 
     @abstractmethod
+    def reduce(self, tokens: LayerTokens, memory: Any) -> LayerReduction:
+        """What is left.
+
+        Args:
+            memory: what the method left itself at the layer before of the same pass; None at its first.
+        """
+
+
+class LayerPruner(LayerReducer):
+    """Drops tokens by the attention that the last prompt token gave them in the layer before."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    @abstractmethod
     def select(self, tokens: LayerTokens) -> Tensor:
-        """``[k]`` int64 indices of the kept tokens, of ``tokens.attention.shape[1]``, strictly increasing."""
+        """``[k]`` int64 indices of the kept tokens, strictly increasing."""
+
+    def reduce(self, tokens: LayerTokens, memory: Any) -> LayerReduction:
+        return LayerReduction(self.select(tokens))

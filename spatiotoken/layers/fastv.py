@@ -43,7 +43,8 @@ class FastV(LayerPruner, method="fastv", paper="2403.06764"):
         return (self.layer,)
 
     def select(self, tokens: LayerTokens) -> Tensor:
-        num_tokens = tokens.attention.shape[1]
+        attention = tokens.needed("attention")
+        num_tokens = attention.shape[1]
         if (count := fastv_count(num_tokens, self.retention)) == num_tokens:
-            return torch.arange(num_tokens, device=tokens.attention.device)
-        return fastv_selection(tokens.attention, count)
+            return torch.arange(num_tokens, device=attention.device)
+        return fastv_selection(attention, count)

@@ -221,16 +221,31 @@ def ask(
         inputs = prepare_batch(processor, videos, texts, [clip_metadata(len(video)) for video in videos])
         inputs = inputs.to(model.device, model.dtype)
         evidence = _evidence_tokens(model, inputs, batch)
-        words = [processor.tokenizer(option)["input_ids"] for example in batch for option in example.options]
-        length = _SENTENCE_TOKENS if speaks_plainly else max(map(len, words))
+        limits: dict[str, Any] = {"max_new_tokens": _SENTENCE_TOKENS}
+        if not speaks_plainly:
+            limits = _among_options(processor.tokenizer, batch, inputs["input_ids"].shape[1])
         for name, config in configs.items():
             with patched(model, config):
-                output = model.generate(**inputs, max_new_tokens=length, do_sample=False)  # type: ignore[operator]
+                output = model.generate(**inputs, **limits, do_sample=False)  # type: ignore[operator]
                 report = last_report(model)
             new = output[:, inputs["input_ids"].shape[1] :]
             answers = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
             tallies[name].add(batch, answers, report, evidence)
     return tallies
+
+
+def _among_options(tokenizer: Any, batch: Sequence[Example], prompt: int) -> dict[str, Any]:
+    """Arguments of ``generate`` by which an answer is one of the question's options, as in a multiple-choice test."""
+    end = tokenizer.eos_token_id
+    options = [[[*tokenizer(option)["input_ids"], end] for option in example.options] for example in batch]
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        said = ids[prompt:].tolist()
+        following = [option[len(said)] for option in options[row] if option[: len(said)] == said and said != option]
+        return following or [end]
+
+    longest = max(len(option) for row in options for option in row)
+    return {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": longest}
 
 
 def instruction(example: Example) -> str:

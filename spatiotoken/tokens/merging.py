@@ -36,3 +36,10 @@ def nearest(queries: Tensor, anchors: Tensor, *, chunk: int = 2048) -> Tensor:
     unit = torch.nn.functional.normalize(anchors.float(), dim=-1)
     rows = [(part.float() @ unit.T).argmax(dim=-1) for part in queries.split(chunk)]  # lengths of queries do not matter
     return torch.cat(rows)
+
+
+def paired_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """``[...]`` float32 cosine of each vector of ``first [..., D]`` with its partner; 0 where one of them is zero."""
+    a, b = first.float(), second.float()
+    lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return (a * b).sum(dim=-1) / lengths.clamp(min=1e-16)
