@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spatiotoken.config import PatchConfig
+from spatiotoken.layout import bearers_at, coordinates_at
 from spatiotoken.patches.adapter import ModelAdapter
 from spatiotoken.positions import MEMBERS, compacted, member_rows, rotary_of_members
 from spatiotoken.sequence import (
@@ -129,7 +130,7 @@ class SequenceStages:
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
         if self.config.layers and "coordinates" in self.config.layers.needs:
-            forward.coordinates = _coordinates(forward)
+            forward.coordinates = coordinates_at(forward.recorder.layouts, forward.recorder.places)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
         if shortened or past:
             # Without a cache an explicit mask, as `layer_mask` says.
@@ -186,11 +187,11 @@ class SequenceStages:
         positions = arguments["position_ids"][-3:]
         batch, length = rows.index.shape[0], positions.shape[-1]
         members = torch.arange(batch * length, device=rows.index.device)[:, None].expand(-1, MEMBERS)
-        for kind, bearers in forward.recorder.all_bearers.items():
-            places = forward.recorder.places[kind].flatten().nonzero()[:, 0]
-            if places.shape != bearers.shape:
-                raise ValueError("tokens.positions: 'ppe' needs a whole prompt at once, not in chunks")
-            own = member_rows(batch * length, places, bearers.to(places.device))
+        for kind, layout in forward.recorder.layouts.items():
+            if layout.bearers is None:
+                continue
+            places = forward.recorder.places[kind]
+            own = member_rows(batch * length, places.flatten().nonzero()[:, 0], bearers_at(layout.bearers, places))
             members = torch.where(own != torch.arange(batch * length, device=own.device)[:, None], own, members)
         flat = positions.expand(-1, batch, -1).flatten(1)
         each = flat[:, members].unflatten(1, (batch, length))  # [3, B, L, MEMBERS]
@@ -402,23 +403,6 @@ class SequenceStages:
 
 def _of_sample(received: Callable[[], Tensor], sample: int, places: Tensor) -> Tensor:
     return received()[sample, places]
-
-
-def _coordinates(forward: Forward) -> Tensor:
-    """``[B, L, 4]`` of each token its grid, and its frame, row and column there; -1 at everything else."""
-    recorder = forward.recorder
-    shape = next(iter(recorder.places.values())).shape
-    found = torch.full((*shape, 4), -1, device=next(iter(recorder.places.values())).device)
-    for kind, items in recorder.coordinates.items():
-        places = recorder.places[kind]
-        # Some versions of transformers put newlines between the features only later on.
-        newlines, rest = divmod(int(places.sum()) - sum(map(len, items)), len(items))
-        if rest or newlines not in (0, 1):
-            raise ValueError("this `layers` method needs a whole prompt at once, not in chunks")
-        rows = torch.cat([torch.nn.functional.pad(item, (0, 0, 0, newlines), value=-1) for item in items])
-        rows[:, 0] += torch.where(rows[:, 0] < 0, 0, found[..., 0].max() + 1)  # each kind counts its grids from 0
-        found[places] = rows.to(found.device)
-    return found
 
 
 _QUERIES = 256

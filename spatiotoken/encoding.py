@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spatiotoken.config import PatchConfig
+from spatiotoken.layout import ATTRIBUTE, Layout
 from spatiotoken.patches.adapter import Item, ModelAdapter, Segment
 from spatiotoken.report import Recorder
 from spatiotoken.sequence import mark_dropped
@@ -83,8 +84,9 @@ class FeatureStages:
             output = encode(encoding)
         features = self.adapter.read(output)
         trailing = self._trailing(items, features[0].shape[0])
+        coordinates = None
         if self.config.layers and "coordinates" in self.config.layers.needs:
-            recorder.coordinates[kind] = _coordinates(full, trailing, features[0].device)
+            coordinates = _coordinates(full, trailing, features[0].device)
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=features[0].device)
         bearers = torch.arange(features[0].shape[0], device=features[0].device)
         if self.config.tokens:
@@ -106,15 +108,17 @@ class FeatureStages:
             keep = keep.new_zeros(total).index_copy_(0, place, keep)
             bearers = torch.where(bearers < 0, -1, place[bearers])
             bearers = bearers.new_full((total,), -1).index_copy_(0, place, bearers)
+        local = None
         if chosen is not None or self.config.tokens:
             features[0] = mark_dropped(features[0], keep)
-            self.adapter.write(output, features, [item.size + trailing for item in full])
-            recorder.all_bearers[kind] = bearers
-            if kind == "video":
-                sizes = [item.size + trailing for item in full]
-                starts = [sum(sizes[:index]) for index in range(len(sizes))]
-                parts = zip(bearers.split(sizes), starts, strict=True)
-                recorder.bearers = [torch.where(part < 0, -1, part - start) for part, start in parts]
+            sizes = [item.size + trailing for item in full]
+            self.adapter.write(output, features, sizes)
+            starts = [sum(sizes[:index]) for index in range(len(sizes))]
+            parts = zip(bearers.split(sizes), starts, strict=True)
+            local = tuple(torch.where(part < 0, -1, part - start) for part, start in parts)
+        layout = Layout(local, coordinates)
+        recorder.layouts[kind] = layout
+        setattr(output, ATTRIBUTE, layout)
         return output
 
     def _choose_frames(self, encoding: dict[str, Any], items: list[Item], recorder: Recorder) -> Choice | None:
@@ -226,7 +230,7 @@ def reduce_tokens(
     return reduced_features
 
 
-def _coordinates(items: list[Item], trailing: int, device: torch.device) -> list[Tensor]:
+def _coordinates(items: list[Item], trailing: int, device: torch.device) -> tuple[Tensor, ...]:
     """``[size + trailing, 4]`` of each item: grid (each segment is one), frame, row and column; -1 at newlines."""
     found, grid = [], 0
     for item in items:
@@ -238,7 +242,7 @@ def _coordinates(items: list[Item], trailing: int, device: torch.device) -> list
             rows[segment.rows(device)] = torch.nn.functional.pad(places, (1, 0), value=grid)
             grid += 1
         found.append(rows)
-    return found
+    return tuple(found)
 
 
 def _view(

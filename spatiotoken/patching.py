@@ -23,6 +23,7 @@ from spatiotoken.attention import dispatch
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.decoder import SequenceStages
 from spatiotoken.encoding import FeatureStages, Prompt
+from spatiotoken.layout import ATTRIBUTE
 from spatiotoken.patches.adapter import ModelAdapter, find_adapter
 from spatiotoken.report import ForwardReport, Recorder
 from spatiotoken.sequence import without_marks
@@ -241,6 +242,9 @@ class _Patch:
             embeds = arguments["inputs_embeds"]
             image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
         forward.recorder.places = {"video": video, "image": image}
+        for kind, encoded in (arguments.get("mm_encoder_outputs") or {}).items():
+            if (layout := getattr(encoded, ATTRIBUTE, None)) is not None:
+                forward.recorder.layouts.setdefault(kind, layout)
         forward.recorder.visual = forward.recorder.visual_kept = (image | video).sum()
         if self.config.frames or self.config.tokens or self.config.layers:
             forward.visual = image | video if self.config.images else video

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spatiotoken.layout import Layout, bearers_at
 from spatiotoken.registry import STAGES
 
 
@@ -78,15 +79,9 @@ class Recorder:
         self.visual: Tensor | int = 0
         self.visual_kept: Tensor | int = 0
         self.frames: tuple[tuple[int, ...], ...] | None = None
-        # For each video and each row of its features the row of that video that stands for it, -1 where none does;
-        # None while all stand for themselves.
-        self.bearers: list[Tensor] | None = None
-        # The same of all rows of a kind ("video", "image"), whatever item they belong to; and ``[B, L]`` where these
-        # lie in the prompt.
-        self.all_bearers: dict[str, Tensor] = {}
+        # By kind ("video", "image"): what became of the features, and ``[B, L]`` which tokens stand for them.
+        self.layouts: dict[str, Layout] = {}
         self.places: dict[str, Tensor] = {}
-        # ``[size, 4]`` of each item's rows: grid, frame, row and column; only if the `layers` method asks.
-        self.coordinates: dict[str, list[Tensor]] = {}
         # ``[B, L]``: which tokens of the prompt left the last decoder layer.
         self.at_the_end: Tensor | None = None
         self.decode_steps = 0
@@ -142,25 +137,19 @@ class Recorder:
         )
 
     def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
-        places = self.places.get("video")
-        if places is None or (self.bearers is None and self.at_the_end is None):
+        places, layout = self.places.get("video"), self.layouts.get("video")
+        bearers = None if layout is None else layout.bearers
+        if places is None or (bearers is None and self.at_the_end is None):
             return None
         alive = torch.ones_like(places) if self.at_the_end is None else self.at_the_end.to(places.device)
         seen = alive[places]
-        if self.bearers is not None:
-            # Some versions of transformers put newlines between the features only later on.
-            newlines, rest = divmod(seen.shape[0] - sum(map(len, self.bearers)), len(self.bearers))
-            if rest or newlines not in (0, 1):  # the prompt came in chunks
+        if bearers is not None:
+            try:
+                bearer = bearers_at(bearers, places)
+            except ValueError:  # the prompt came in chunks
                 return None
-            parts = seen.split([len(bearers) + newlines for bearers in self.bearers])
-            seen = torch.cat([_borne(part, bearers) for part, bearers in zip(parts, self.bearers, strict=True)])
+            seen = seen[bearer.clamp(min=0)] & (bearer >= 0)
         return tuple(tuple(part.tolist()) for part in seen.split(places.sum(1).tolist()))
-
-
-def _borne(alive: Tensor, bearers: Tensor) -> Tensor:
-    """Which tokens of a video are alive in those that bear them; a newline at the end bears itself."""
-    bearers = bearers.to(alive.device)
-    return torch.cat([alive[bearers.clamp(min=0)] & (bearers >= 0), alive[len(bearers) :]])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,10 @@ import torch
 from spatiotoken.attention import sliding_vertical
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.layers.fastv import FastV
+from spatiotoken.layers.framefusion import FrameFusion
+from spatiotoken.registry import METHODS
+from spatiotoken.structures import LayerReduction, LayerTokens, ReducedTokens, VideoFeatures
+from spatiotoken.tokens import TokenReducer
 
 KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("frames", "uniform"): {"num_frames": 1000},
@@ -23,7 +27,32 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("tokens", "downsample"): {"retention": 1.0},
     ("tokens", "divprune"): {"retention": 1.0},
     ("tokens", "evs"): {"retention": 1.0},
+    ("tokens", "dtd"): {"retention": 1.0},
+    ("tokens", "dycoke"): {"merging_ratio": 0.0},
+    ("tokens", "fastvid"): {"retention": 1.0},
+    ("tokens", "flashvid"): {"retention": 1.0},
+    ("tokens", "holitom"): {"retention": 1.0},
+    ("tokens", "prunevid"): {"similarity": 1.0, "cluster_ratio": 1.0},
+    ("tokens", "learning_free"): {"retention": 1.0},
+    ("tokens", "visionzip"): {"retention": 1.0},
+    ("tokens", "vidcom2"): {"retention": 1.0},
+    ("tokens", "vtc_cls"): {"retention": 1.0},
+    ("tokens", "fopru"): {"retention": 1.0},
+    ("tokens", "long_tail"): {"min_retention": 1.0},
+    ("tokens", "correlation_guided"): {"repeats": 1.0},
+    ("tokens", "llava_scissor"): {"threshold": 1},
+    ("tokens", "aim"): {"retention": 1.0},
+    ("tokens", "aot"): {"retention": 1.0},
+    ("tokens", "vqtoken_free"): {"retention": 1.0},
+    ("tokens", "cdpruner"): {"retention": 1.0},
+    ("tokens", "todre"): {"retention": 1.0},
+    ("tokens", "ktv_tokens"): {"retention": 1.0},
+    ("tokens", "catp"): {"retention": 1.0},
+    ("tokens", "hired"): {"retention": 1.0},
+    ("tokens", "globalcom2"): {"retention": 1.0},
     ("layers", "fastv"): {"layer": 2, "retention": 1.0},
+    ("layers", "framefusion"): {"cost": 1.0},
+    ("layers", "sttm"): {"layer": 2, "spatial": 1.1, "temporal": 1.1},
     ("attention", "sliding_vertical"): {"window": 100_000},
 }
 
@@ -34,7 +63,32 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("tokens", "downsample"): {"retention": 0.3},
     ("tokens", "divprune"): {"retention": 0.3},
     ("tokens", "evs"): {"retention": 0.4},
+    ("tokens", "dtd"): {"retention": 0.25},
+    ("tokens", "dycoke"): {"merging_ratio": 0.7},
+    ("tokens", "fastvid"): {"retention": 0.5, "segments": 2},
+    ("tokens", "flashvid"): {"retention": 0.5, "segments": 2},
+    ("tokens", "holitom"): {"retention": 0.25},
+    ("tokens", "prunevid"): {"unclustered": 1, "cluster_ratio": 0.5},
+    ("tokens", "learning_free"): {"retention": 0.25},
+    ("tokens", "visionzip"): {"retention": 0.3},
+    ("tokens", "vidcom2"): {"retention": 0.3},
+    ("tokens", "vtc_cls"): {"retention": 0.3},
+    ("tokens", "fopru"): {"retention": 0.3, "granularity": "row"},
+    ("tokens", "long_tail"): {},
+    ("tokens", "correlation_guided"): {"similarity": 0.0, "repeats": 0.3},
+    ("tokens", "llava_scissor"): {"threshold": 0.4},
+    ("tokens", "aim"): {"retention": 0.25},
+    ("tokens", "aot"): {"retention": 0.25, "clips": 2},
+    ("tokens", "vqtoken_free"): {"retention": 0.25},
+    ("tokens", "cdpruner"): {"retention": 0.3},
+    ("tokens", "todre"): {"retention": 0.3},
+    ("tokens", "ktv_tokens"): {"retention": 0.3},
+    ("tokens", "catp"): {"retention": 0.3},
+    ("tokens", "hired"): {"retention": 0.3},
+    ("tokens", "globalcom2"): {"retention": 0.3},
     ("layers", "fastv"): {"layer": 2, "retention": 0.5},
+    ("layers", "framefusion"): {"cost": 0.5, "similarity": 0.9},
+    ("layers", "sttm"): {"layer": 2, "spatial": 0.5, "temporal": 0.6, "root_level": 0},
     ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 16},
 }
 
@@ -67,9 +121,14 @@ def reduced_cases() -> list[Any]:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make question-aware choices once, at the first prefill, and repeat them afterwards.
 
-    "The same kept tokens" cannot be had otherwise when a longer prompt is computed again: FastV ranks by its last
-    token, and sparse prefill treats as prompt what was decoded densely.
+    "The same kept tokens" cannot be had otherwise when a longer prompt is computed again: some `tokens` methods compare
+    with all text that follows the pictures, FastV ranks by its last
+    token, FrameFusion by what all give, and sparse prefill treats as prompt what was decoded densely.
     """
+    fuse = FrameFusion.reduce
+    fused: dict[int, LayerReduction] = {}
+    reduced: dict[Any, ReducedTokens] = {}
+    originals: dict[type, Any] = {}
     select, attend = FastV.select, sliding_vertical.SlidingVertical.attend
     chosen: list[torch.Tensor] = []
     columns: dict[int, torch.Tensor] = {}
@@ -79,6 +138,17 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not chosen:
             chosen.append(select(self, tokens))
         return chosen[0]
+
+    def fuse_once(self: FrameFusion, tokens: LayerTokens, memory: Any) -> LayerReduction:
+        if tokens.layer not in fused:
+            fused[tokens.layer] = fuse(self, tokens, memory)
+        return fused[tokens.layer]
+
+    def reduce_once(self: TokenReducer, video: VideoFeatures) -> ReducedTokens:
+        key = (video.grid, float(video.embeddings.double().sum()))
+        if key not in reduced:
+            reduced[key] = originals[type(self)](self, video)
+        return reduced[key]
 
     def attend_once(self: Any, query: Any, key: Any, value: Any, key_valid: Any, scale: float) -> torch.Tensor:
         layer = calls["layer"] % 4
@@ -106,6 +176,11 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     lengths: dict[int, int] = {}
     monkeypatch.setattr(FastV, "select", select_once)
+    monkeypatch.setattr(FrameFusion, "reduce", fuse_once)
+    for method in METHODS["tokens"].items().values():
+        if issubclass(method, TokenReducer) and "question" in method.needs:
+            originals[method] = method.reduce
+            monkeypatch.setattr(method, "reduce", reduce_once)
     monkeypatch.setattr(sliding_vertical.SlidingVertical, "attend", attend_once)
     yield
     monkeypatch.undo()

@@ -13,7 +13,15 @@ from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
 from spatiotoken.tokens.merging import top_indices
-from spatiotoken.tokens.views import apportion, first_picks, tile_of_joined, tile_of_whole, top_of_groups, whole_share
+from spatiotoken.tokens.views import (
+    apportion,
+    first_picks,
+    group_sums,
+    tile_of_joined,
+    tile_of_whole,
+    top_of_groups,
+    whole_share,
+)
 
 
 def globalcom2_count(num_tokens: int, retention: float) -> int:
@@ -21,16 +29,14 @@ def globalcom2_count(num_tokens: int, retention: float) -> int:
     return whole_share(num_tokens, retention)
 
 
-def globalcom2_scales(saliency: Tensor, group: Tensor, sizes: Tensor, retention: float, temperature: float) -> Tensor:
+def globalcom2_scales(sums: Tensor, sizes: Tensor, retention: float, temperature: float) -> Tensor:
     """``[G]`` float64 share of each group that is kept: ``retention`` on average, more where more saliency lies.
 
     Args:
-        saliency: ``[n]`` of tokens whose sums weigh the groups.
-        group: ``[n]`` group of each of them.
+        sums: ``[G]`` float64 saliency of each group.
         sizes: ``[G]`` how many tokens each group has to keep from.
-        temperature: of the softmax over the groups' sums; the higher, the more alike the shares.
+        temperature: of the softmax over ``sums``; the higher, the more alike the shares.
     """
-    sums = torch.zeros_like(sizes, dtype=torch.float64).index_add_(0, group, saliency.double())
     weights = (sums / temperature).softmax(dim=0)
     # The mean over tokens: groups of unequal sizes must not exceed the budget together.
     return (retention * (1 + weights - (weights * sizes).sum() / sizes.sum())).clamp(max=1)
@@ -53,7 +59,7 @@ def globalcom2_guide(saliency: Tensor, side: tuple[int, int], grid: tuple[int, i
 def globalcom2_scores(local: Tensor, guide: Tensor, tile: Tensor, tiles: int) -> Tensor:
     """``[N]`` sum of a token's saliency in its tile and in the whole view, each of length 1 over the tile."""
     both = torch.stack([local, guide], dim=1).float()
-    lengths = both.new_zeros(tiles, 2).index_add_(0, tile, both.square()).sqrt().clamp(min=1e-12)
+    lengths = group_sums(both.square(), tile, tiles).sqrt().clamp(min=1e-12)
     return (both / lengths[tile]).sum(dim=1)
 
 
@@ -82,11 +88,11 @@ class GlobalCom2(SaliencyReducer, method="globalcom2", paper="2501.05179"):
         count, frames = globalcom2_count(video.num_tokens, self.retention), video.grid[0]
         if count == video.num_tokens:
             return ReducedTokens.everything(video)
-        saliency, places = video.needed("saliency")[-1], video.tokens_per_frame
-        frame = torch.arange(video.num_tokens, device=saliency.device) // places
-        sizes = torch.full((frames,), places, device=saliency.device)
-        weights = globalcom2_scales(saliency, frame, sizes, self.retention, self.temperature)
-        order = saliency.unflatten(0, (frames, -1)).argsort(dim=1, descending=True, stable=True)
+        places = video.tokens_per_frame
+        saliency = video.needed("saliency")[-1].unflatten(0, (frames, places))
+        sums, sizes = saliency.double().sum(dim=1), torch.full((frames,), places, device=saliency.device)
+        weights = globalcom2_scales(sums, sizes, self.retention, self.temperature)
+        order = saliency.argsort(dim=1, descending=True, stable=True)
         return ReducedTokens.pruned(video, first_picks(order, apportion(count, weights, places), places, count))
 
     def reduce_views(self, views: Sequence[VideoFeatures]) -> list[ReducedTokens]:
@@ -97,7 +103,8 @@ class GlobalCom2(SaliencyReducer, method="globalcom2", paper="2501.05179"):
         saliency, local = whole.needed("saliency")[-1], joined.needed("saliency")[-1]
         tile = tile_of_joined(grid, joined.tiles, side, saliency.device)
         sizes = tile.new_zeros(tiles).index_add_(0, tile, torch.ones_like(tile))
-        scales = globalcom2_scales(saliency, tile_of_whole(side, grid, tile), sizes, self.retention, self.temperature)
+        sums = group_sums(saliency.double(), tile_of_whole(side, grid, tile), tiles)
+        scales = globalcom2_scales(sums, sizes, self.retention, self.temperature)
         scores = globalcom2_scores(local, globalcom2_guide(saliency, side, grid), tile, tiles)
         kept = top_of_groups(scores, tile, globalcom2_quotas(scales, sizes)).nonzero()[:, 0]
         first = top_indices(saliency, globalcom2_count(whole.num_tokens, self.retention))

@@ -59,6 +59,15 @@ def top_of_groups(scores: Tensor, group: Tensor, quotas: Tensor) -> Tensor:
     return torch.zeros_like(group, dtype=torch.bool).index_put_((order,), rank < quotas[group[order]])
 
 
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """``[groups, ...]`` sums of the rows ``values [N, ...]`` of each group.
+
+    A product, since adding by index takes its summands in any order on a GPU. For a handful of groups.
+    """
+    member = group == torch.arange(groups, device=group.device)[:, None]
+    return member.to(values.dtype) @ values
+
+
 def question_direction(question: Tensor) -> Tensor:
     """``[D]`` float32 unit vector along the mean of ``question [L, D]``; zero for an empty question."""
     return torch.nn.functional.normalize(question.float().sum(dim=0), dim=0)

@@ -14,7 +14,7 @@ from spatiotoken.tokens.globalcom2 import (
     globalcom2_scales,
     globalcom2_scores,
 )
-from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
+from spatiotoken.tokens.views import group_sums, tile_of_joined, tile_of_whole
 from tests.vectors import cases
 
 SIDE = (12, 12)
@@ -33,9 +33,8 @@ def test_authors_results() -> None:
         grid = (rows * SIDE[0], columns * SIDE[1])
         tile = tile_of_joined(grid, (rows, columns), SIDE)
         sizes = torch.full((tiles,), places)
-        scales = globalcom2_scales(
-            base, tile_of_whole(SIDE, grid, tile), sizes, hyper["base_scale"], hyper["temperature"]
-        )
+        sums = group_sums(base.double(), tile_of_whole(SIDE, grid, tile), tiles)
+        scales = globalcom2_scales(sums, sizes, hyper["base_scale"], hyper["temperature"])
         torch.testing.assert_close(scales.float(), tensors["out.scales"], atol=1e-6, rtol=0)
         quotas = globalcom2_quotas(scales, sizes)
         assert torch.equal(quotas.int(), tensors["out.n_kept"])
@@ -63,16 +62,16 @@ def test_authors_results() -> None:
 
 def test_scales() -> None:
     sizes = torch.tensor([10, 10, 10])
-    group = torch.tensor([0, 1, 1, 2])
-    even = globalcom2_scales(torch.tensor([2.0, 1.0, 1.0, 2.0]), group, sizes, 0.3, 10.0)
+    even = globalcom2_scales(torch.full((3,), 2.0, dtype=torch.float64), sizes, 0.3, 10.0)
     torch.testing.assert_close(even, torch.full((3,), 0.3, dtype=torch.float64))
     assert globalcom2_quotas(even, sizes).tolist() == [3, 3, 3]
-    steep = globalcom2_scales(torch.tensor([9.0, 0.0, 0.0, 0.0]), group, sizes, 0.6, 0.1)
+    steep = globalcom2_scales(torch.tensor([9.0, 0.0, 0.0], dtype=torch.float64), sizes, 0.6, 0.1)
     torch.testing.assert_close(steep, torch.tensor([1.0, 0.4, 0.4], dtype=torch.float64))
     # Tiles of unequal sizes keep, together, no more than their share.
     unequal = torch.tensor([4, 20, 4])
-    scales = globalcom2_scales(torch.tensor([0.0, 5.0, 4.0, 0.0]), group, unequal, 0.5, 1.0)
+    scales = globalcom2_scales(torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64), unequal, 0.5, 1.0)
     torch.testing.assert_close((scales * unequal).sum(), torch.tensor(14.0, dtype=torch.float64))
+    assert scales[1] > 0.5 > scales[0]
 
 
 def test_padded_tiles() -> None:

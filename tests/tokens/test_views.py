@@ -9,6 +9,7 @@ from spatiotoken.tokens.views import (
     apportion,
     even_quotas,
     first_picks,
+    group_sums,
     question_direction,
     ranks,
     tile_of_joined,
@@ -55,6 +56,11 @@ def test_top_of_groups() -> None:
     group = torch.tensor([2, 0, 0, 2, 0, 2])
     assert top_of_groups(scores, group, torch.tensor([2, 5, 1])).nonzero()[:, 0].tolist() == [1, 2, 3]
     assert top_of_groups(scores, group, torch.tensor([0, 0, 3])).nonzero()[:, 0].tolist() == [0, 3, 5]
+
+
+def test_group_sums() -> None:
+    values, group = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([2, 0, 2])
+    assert group_sums(values, group, 3).tolist() == [[3, 4], [0, 0], [6, 8]]
 
 
 def test_direction_of_an_empty_question() -> None:
