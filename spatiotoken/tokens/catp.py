@@ -11,7 +11,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.views import even_quotas, first_picks, question_direction, whole_share
+from spatiotoken.tokens.budgets import even_quotas, first_picks, whole_share
+from spatiotoken.tokens.merging import question_direction
 
 _SIMILARITIES = 1 << 23
 """Similarities that are held at a time."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import Attention, SaliencyReducer
-from spatiotoken.tokens.vtc_cls import frame_budgets, leading, places, vtc_cls_count
+from spatiotoken.tokens.budgets import frame_budgets, leading, places
+from spatiotoken.tokens.vtc_cls import vtc_cls_count
 
 Granularity = Literal["rank", "row"]
 

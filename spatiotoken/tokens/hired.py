@@ -12,8 +12,9 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
+from spatiotoken.tokens.budgets import apportion, first_picks, top_of_groups, whole_share
 from spatiotoken.tokens.merging import top_indices
-from spatiotoken.tokens.views import apportion, first_picks, tile_of_joined, tile_of_whole, top_of_groups, whole_share
+from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
 
 
 def hired_count(num_tokens: int, retention: float) -> int:

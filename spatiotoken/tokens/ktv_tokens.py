@@ -11,7 +11,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
-from spatiotoken.tokens.views import apportion, first_picks, question_direction, ranks, whole_share
+from spatiotoken.tokens.budgets import apportion, first_picks, ranks, whole_share
+from spatiotoken.tokens.merging import question_direction
 
 Weight = Annotated[float, Field(gt=0)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.vtc_cls import leading
+from spatiotoken.tokens.budgets import leading
 
 
 def similarity_to_frame(hidden: Tensor, frame_features: Tensor) -> Tensor:

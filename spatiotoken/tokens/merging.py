@@ -43,3 +43,8 @@ def paired_cosine(first: Tensor, second: Tensor) -> Tensor:
     a, b = first.float(), second.float()
     lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return (a * b).sum(dim=-1) / lengths.clamp(min=1e-16)
+
+
+def question_direction(question: Tensor) -> Tensor:
+    """``[D]`` float32 unit vector along the mean of ``question [L, D]``; zero for an empty question."""
+    return torch.nn.functional.normalize(question.float().sum(dim=0), dim=0)

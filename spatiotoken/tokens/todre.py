@@ -11,7 +11,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
-from spatiotoken.tokens.views import whole_share
+from spatiotoken.tokens.budgets import whole_share
 
 _FEWEST, _MOST = 32, 256
 """Candidates that the search looks ahead by at a time; no matter for the result."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.budgets import leading
 from spatiotoken.tokens.merging import top_indices
-from spatiotoken.tokens.vtc_cls import leading
 
 _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Of the Gaussian kernels whose sum is the similarity of two tokens."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
+from spatiotoken.tokens.budgets import frame_budgets, leading, places
 from spatiotoken.tokens.merging import mean_by_assignment
-from spatiotoken.tokens.vtc_cls import frame_budgets, leading, places, vtc_cls_count
+from spatiotoken.tokens.vtc_cls import vtc_cls_count
 
 
 def visionzip_count(grid: tuple[int, int, int], retention: float) -> int:

@@ -11,28 +11,13 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
+from spatiotoken.tokens.budgets import frame_budgets, leading, places
 
 
 def vtc_cls_count(grid: tuple[int, int, int], retention: float) -> int:
     """How many tokens are kept of a ``(T, H, W)`` grid: the truncated share, at least one."""
     frames, height, width = grid
     return max(1, int(frames * height * width * retention + 1e-9))
-
-
-def frame_budgets(count: int, frames: int) -> list[int]:
-    """``count`` tokens shared between the frames in turn; budgets differ by one at most."""
-    return [count * (frame + 1) // frames - count * frame // frames for frame in range(frames)]
-
-
-def leading(order: Tensor, counts: Tensor) -> Tensor:
-    """``[T, N]`` bool, True at the first ``counts[t]`` of the places in ``order[t]`` (``[T, N]``, a permutation)."""
-    taken = torch.arange(order.shape[1], device=order.device) < counts[:, None]
-    return torch.zeros_like(taken).scatter_(1, order, taken)
-
-
-def places(mask: Tensor, count: int) -> Tensor:
-    """``[count]`` flat indices where ``mask`` is True, ascending; ``count`` is known, so the host need not wait."""
-    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def vtc_cls_selection(saliency: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spatiotoken.structures import VideoFeatures
+from spatiotoken.tokens.budgets import group_sums
 from spatiotoken.tokens.globalcom2 import (
     GlobalCom2,
     globalcom2_count,
@@ -14,7 +15,7 @@ from spatiotoken.tokens.globalcom2 import (
     globalcom2_scales,
     globalcom2_scores,
 )
-from spatiotoken.tokens.views import group_sums, tile_of_joined, tile_of_whole
+from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
 from tests.vectors import cases
 
 SIDE = (12, 12)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from spatiotoken.structures import VideoFeatures
+from spatiotoken.tokens.budgets import top_of_groups
 from spatiotoken.tokens.hired import HiRED, hired_budgets, hired_count, hired_hits, hired_quotas
 from spatiotoken.tokens.merging import top_indices
-from spatiotoken.tokens.views import top_of_groups
 from tests.vectors import cases
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spatiotoken.tokens.views import (
+from spatiotoken.tokens.budgets import (
     apportion,
     even_quotas,
     first_picks,
     group_sums,
-    question_direction,
     ranks,
-    tile_of_joined,
-    tile_of_whole,
     top_of_groups,
     whole_share,
 )
+from spatiotoken.tokens.merging import question_direction
+from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
 
 
 def test_whole_share() -> None:

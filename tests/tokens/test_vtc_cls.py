@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spatiotoken.structures import VideoFeatures
-from spatiotoken.tokens.vtc_cls import VtcCls, frame_budgets, vtc_cls_count, vtc_cls_selection
+from spatiotoken.tokens.budgets import frame_budgets
+from spatiotoken.tokens.vtc_cls import VtcCls, vtc_cls_count, vtc_cls_selection
 
 
 def test_layers_from_a_share_of_the_depth() -> None:
