@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-slow test-oldest record-probe probe lint typecheck format benchmark clean
+.PHONY: setup demo test test-slow test-oldest record-probe probe methods lint typecheck format benchmark clean
 
 setup: $(VENV)/.done
 
@@ -24,18 +24,22 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# What the probe models answer is recorded for the newest: 5.17 counts the positions after a video otherwise.
 # The oldest supported transformers beside the same torch; everything else is shared with the main environment.
+# What the probe models answer is recorded for the newest: 5.17 counts the positions after a video otherwise.
 test-oldest: setup
 	test -d $(OLDEST)/transformers || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
 		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
-		tests/test_caches.py tests/test_report.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
+		tests/test_caches.py tests/test_report.py tests/test_tower.py tests/test_positions.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
 		-k "not test_methods_keep_their_accuracy and not test_frozen_answers"
 
 # What the probe models answer, as the tests expect it: after a change that is meant to change it. Review the diff.
 record-probe: setup
 	$(BIN)/python -m tests.probe.recording
+
+# The tables of README and docs/methods.md, from the registry.
+methods: setup
+	$(BIN)/python scripts/tables.py
 
 # Accuracy against retention of every preset: docs/probe.md and docs/probe.png.
 probe: setup
@@ -58,6 +62,7 @@ format: setup
 benchmark: setup
 	$(BIN)/python scripts/benchmark.py --suite overhead
 	$(BIN)/python scripts/benchmark.py --suite reduction
+	$(BIN)/python scripts/benchmark.py --suite tokens
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -107,7 +107,8 @@ class ReducedTokens:
         """Survivors are the tokens at ``source`` (strictly increasing), unchanged; the others are dropped."""
         assignment = source.new_full((video.num_tokens,), -1)
         assignment[source] = torch.arange(source.shape[0], device=source.device)
-        return cls(video.embeddings[source], source, assignment)
+        # On a CPU several times as fast as indexing.
+        return cls(video.embeddings.index_select(0, source), source, assignment)
 
 
 @dataclass(frozen=True)

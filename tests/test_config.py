@@ -17,6 +17,7 @@ from spatiotoken.config import config_schema, presets
 from spatiotoken.patches.adapter import ADAPTERS, find_adapter
 from spatiotoken.registry import METHODS, STAGES, Registry, UnknownNameError
 from spatiotoken.tokens.divprune import DivPrune
+from spatiotoken.tokens.evs import EVS
 from spatiotoken.undo import Undo, UndoError
 from tests.conftest import QUESTION, Family
 
@@ -33,7 +34,7 @@ def test_overrides() -> None:
     config = load_config("balanced", **{"tokens.retention": 0.5, "images": True, "layers": None})
     assert config.tokens == DivPrune(retention=0.5) and config.images and config.layers is None
     swapped = load_config("balanced", **{"tokens.retention": 0.5, "tokens.method": "evs"})
-    assert swapped.to_dict()["tokens"] == {"method": "evs", "retention": 0.5}
+    assert swapped.tokens == EVS(retention=0.5)
     assert load_config({}, **{"tokens.method": "evs"}).to_dict()["tokens"]["method"] == "evs"
 
 
@@ -102,7 +103,7 @@ def test_order_of_overrides() -> None:
     for keys in (("tokens", "tokens.method", "tokens.retention"), ("tokens.retention", "tokens.method", "tokens")):
         values = {"tokens": {"method": "random"}, "tokens.method": "evs", "tokens.retention": 0.7}
         config = load_config({}, **{key: values[key] for key in keys})
-        assert config.to_dict()["tokens"] == {"method": "evs", "retention": 0.7}
+        assert config.tokens == EVS(retention=0.7)
     built = load_config({"tokens": DivPrune(retention=0.5)}, **{"tokens.retention": 0.7})
     assert built.tokens == DivPrune(retention=0.7)
 
@@ -274,7 +275,7 @@ def test_available_describes_everything() -> None:
     assert list(listed["methods"]) == list(STAGES)
     evs = next(method for method in listed["methods"]["tokens"] if method["name"] == "evs")
     assert evs["paper"] == "2510.14624" and evs["summary"].startswith("Efficient video sampling")
-    assert [parameter["name"] for parameter in evs["parameters"]] == ["retention"]
+    assert [parameter["name"] for parameter in evs["parameters"]] == ["positions", "retention"]
     assert {config["name"] for config in listed["configs"]} == set(presets())
     assert listed["models"] == sorted(ADAPTERS.items())
     json.dumps(listed)
@@ -286,3 +287,25 @@ def test_presets_load_and_round_trip(name: str) -> None:
     assert config.description.endswith(".")
     assert load_config(yaml.safe_load(config.to_yaml())) == config
     assert isinstance(config, PatchConfig)
+
+
+def test_presets_at_a_percentage() -> None:
+    """One file, any retention; nothing else of the preset changes."""
+    whole, tenth = load_config("holitom"), load_config("holitom-10")
+    assert tenth.tokens == load_config("holitom", **{"tokens.retention": 0.1}).tokens
+    assert load_config("holitom-25").tokens != tenth.tokens and tenth.images == whole.images
+    assert tenth.description.endswith("; retention of 10 %.")
+    assert load_config("fastv-15").layers == load_config("fastv", **{"layers.retention": 0.15}).layers
+    for name in presets():
+        for percent in (10, 15, 20, 25):
+            method = next(iter(load_config(name).methods().values()), None)
+            if method is not None and method.stage == "tokens" and "retention" in type(method).model_fields:
+                assert load_config(f"{name}-{percent}").tokens.retention == percent / 100  # type: ignore[union-attr]
+    for wrong, match in (
+        ("evs-0", "1 to 100"),
+        ("evs-101", "1 to 100"),
+        ("kmeans-10", "no retention"),
+        ("evs-x", "evs"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            load_config(wrong)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spatiotoken.catalog import available
+from spatiotoken.catalog import methods_page, readme_methods, readme_presets
 from spatiotoken.config import presets
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.probe import TINY_MODEL_TYPES
@@ -28,6 +28,9 @@ def test_every_method(stage: str, name: str) -> None:
     assert method.__module__ == f"spatiotoken.{stage}.{name}", "one method, one file"
     assert method.summary() and len(Path(ROOT, "spatiotoken", stage, f"{name}.py").read_text().splitlines()) <= 150
     assert all(field.description for field in method.model_fields.values()), "parameters are described"
+    if stage in ("tokens", "layers"):
+        assert method.kind and method.complexity and method.fidelity, "docs/methods.md tells of them"
+        assert f"| `{name}` |" in methods_page(), f"{method.kind!r} is no kind that docs/methods.md has"
     if method.paper:
         assert re.fullmatch(r"\d{4}\.\d{5}", method.paper) and method.paper in (method.__doc__ or "")
 
@@ -43,14 +46,10 @@ def test_every_model(model_type: str) -> None:
 
 
 def test_readme_tables_are_current() -> None:
-    """The lines that README has of methods and presets are those that the library itself gives."""
-    listed = available()
-    for stage, methods in listed["methods"].items():
-        for method in methods:
-            paper = f"[{method['paper']}](https://arxiv.org/abs/{method['paper']})" if method["paper"] else "–"
-            assert f"| `{method['name']}` | {stage} | {method['summary'].replace('``', '`')} | {paper} |" in readme()
-    for config in listed["configs"]:
-        assert f"| `{config['name']}` | {config['description']} |" in readme()
+    """The tables of methods and presets are those that the library itself gives."""
+    for rows in (readme_methods(), readme_presets()):
+        assert "\n".join(rows) + "\n\n" in readme(), "run `make methods`"
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == methods_page(), "run `make methods`"
 
 
 def test_probe_page_has_every_preset() -> None:

@@ -17,6 +17,11 @@ class LayerReducer(Method):
     stage: ClassVar[str] = "layers"
     needs: ClassVar[frozenset[str]]
     """Optional fields of ``LayerTokens`` that ``reduce`` reads."""
+    kind: ClassVar[str] = "between decoder layers"
+    merges: ClassVar[bool] = False
+    complexity: ClassVar[str]
+    fidelity: ClassVar[str]
+    """As of ``TokenReducer``; in ``complexity``, ``L`` is the length of the prompt."""
 
     @abstractmethod
     def prune_layers(self, depth: int) -> tuple[int, ...]:

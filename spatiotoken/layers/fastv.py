@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -33,6 +35,9 @@ class FastV(LayerPruner, method="fastv", paper="2403.06764"):
     one query row only. The authors' in-place variant disables the KV cache; here each cache layer is as short as its
     layer's sequence.
     """
+
+    complexity: ClassVar[str] = "O(LD)"
+    fidelity: ClassVar[str] = "authors' vectors"
 
     layer: int = Field(2, ge=1, description="decoder layer before which tokens are dropped")
     retention: Retention = 0.5

@@ -97,6 +97,10 @@ class FrameFusion(LayerReducer, method="framefusion", paper="2501.01986"):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "coordinates", "received"})
 
+    merges: ClassVar[bool] = True
+    complexity: ClassVar[str] = "O(TND) per merging layer, O(L²D) once"
+    fidelity: ClassVar[str] = "authors' vectors, in part"
+
     cost: float = Field(0.3, gt=0, le=1, description="share of the dense model's computation that may be spent")
     similarity: float = Field(0.6, ge=-1, le=1, description="cosine from which tokens merge")
     ratio: float = Field(0.1, ge=0, le=1, description="share of merged tokens below which merging ends")

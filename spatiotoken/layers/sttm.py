@@ -85,6 +85,10 @@ class STTM(LayerReducer, method="sttm", paper="2507.07990"):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "coordinates"})
 
+    merges: ClassVar[bool] = True
+    complexity: ClassVar[str] = "O(TND)"
+    fidelity: ClassVar[str] = "authors' vectors"
+
     layer: int = Field(2, ge=0, description="decoder layer before which tokens are merged")
     spatial: float = Field(0.85, ge=-1, le=1.1, description="cosine from which a region is one token")
     temporal: float = Field(0.55, ge=-1, le=1.1, description="cosine from which regions merge over time")

@@ -1,88 +1,125 @@
-"""Accuracy against retention of every preset on the probe models: a picture and a page of tables."""
+"""Accuracy against retention of every method and preset on the probe models: a picture and a page of tables."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spatiotoken.config import load_config, presets
+import torch
+
+from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.probe.dataset import examples
-from spatiotoken.probe.evaluate import BASELINES, ProbeRun, ask, at_retention, load_probe_model
+from spatiotoken.probe.evaluate import BASELINES, ProbeRun, ask, load_probe_model
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.probe.scenes import FAMILIES
+from spatiotoken.registry import METHODS
 
-BASELINE_RETENTIONS = (0.75, 0.5, 0.25, 0.125, 0.0625)
+RETENTIONS = (0.5, 0.25, 0.15, 0.1)
+"""Asked of every method that has a retention ratio."""
+SWEEPS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
+    ("tokens", "correlation_guided"): tuple({"repeats": value} for value in (0.9, 0.6, 0.3, 0.1)),
+    ("tokens", "dycoke"): tuple({"merging_ratio": value} for value in (0.3, 0.6, 0.9, 1.0)),
+    ("tokens", "llava_scissor"): tuple({"threshold": value} for value in (0.95, 0.9, 0.8, 0.7)),
+    ("tokens", "long_tail"): tuple({"min_retention": value} for value in (0.9, 0.0)),
+    ("tokens", "prunevid"): tuple({"cluster_ratio": value, "unclustered": 1} for value in (0.5, 0.25, 0.15, 0.1)),
+    ("layers", "framefusion"): tuple({"cost": value} for value in (0.5, 0.25, 0.15, 0.1)),
+    ("layers", "sttm"): tuple(
+        {"spatial": spatial, "temporal": temporal}
+        for spatial, temporal in ((0.95, 0.95), (0.95, 0.8), (0.85, 0.65), (0.8, 0.5))
+    ),
+}
+"""What is asked instead of methods without a retention ratio: settings, from mild to strong."""
 
 _INTRODUCTION = """\
 # Accuracy on the probe
 
-Every preset on the probe models that come with the package, on the first {limit} questions of the test split
-({frames} frames of 64 x 64 pixels; {each} questions of each family). Made by
+Every preset, and every method of the stages `tokens` and `layers` at several budgets, on the probe models that come
+with the package: the first {limit} questions of the test split ({frames} frames of 64 x 64 pixels; {each} questions of
+each family). Made by
 
     {command}
 
 The probe models are small and know nothing but coloured shapes, so this page tells what a reduction destroys, and not
-how a released model would bear it. *Retention* is the share of visual tokens that the average decoder layer has,
-*evidence* the share of the visual tokens which show the answer that reach the last layer, by themselves or merged into
-others. `dense` reduces nothing. Intervals are 95 % bootstrap intervals over questions. The last rows are
-the baselines at other retentions. Run with
-{machine}; times are in [benchmarks.md](benchmarks.md).
+how a released model would bear it. A frame has only 16 tokens, so methods that divide a frame finely have little to
+choose from. *Retention* is the share of visual tokens that the average decoder layer has, *evidence* the share of the
+visual tokens which show the answer that reach the last layer, by themselves or merged into others. `dense` reduces
+nothing. Answers are the most likely of a question's options. Intervals are 95 % bootstrap intervals over questions.
+A method stands with its own retention ratio in percent (`divprune-25`), which for `layers` is what remains after its
+layer, or with the settings that it has instead. Run with {machine}; times are in [benchmarks.md](benchmarks.md).
 
 ![accuracy against retention]({picture})
 """
 
 
-def curves(
-    model_types: Sequence[str] = PROBE_MODEL_TYPES, *, limit: int, num_frames: int = 16
-) -> dict[str, list[ProbeRun]]:
-    """All presets, and the baselines at several retentions, on each probe model."""
-    configs = {name: load_config(name) for name in sorted(presets(), key=lambda name: (name != "dense", name))}
-    for method in BASELINES:
-        for retention in BASELINE_RETENTIONS:
-            configs[f"{method} {retention:g}"] = at_retention(method, retention)
-    found = {}
-    for model_type in model_types:
-        model, processor = load_probe_model(model_type)
-        tallies = ask(model, processor, configs, examples("test", limit, num_frames=num_frames))
-        found[model_type] = [tally.run(name) for name, tally in tallies.items()]
+def configs() -> dict[str, PatchConfig]:
+    """By name: ``dense``, the other presets, and each method at several budgets."""
+    known = presets()
+    found = {"dense": known.pop("dense"), **known}
+    for stage in ("tokens", "layers"):
+        for name, method in sorted(METHODS[stage].items().items()):
+            if (stage, name) in SWEEPS:
+                for settings in SWEEPS[stage, name]:
+                    label = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+                    found[f"{name} {label}"] = load_config({stage: {"method": name, **settings}})
+            elif "retention" in method.model_fields:
+                for retention in RETENTIONS:
+                    config = load_config({stage: {"method": name, "retention": retention}})
+                    found[f"{name}-{round(100 * retention)}"] = config
     return found
 
 
+def curves(
+    model_types: Sequence[str] = PROBE_MODEL_TYPES, *, limit: int, num_frames: int = 16
+) -> dict[str, list[ProbeRun]]:
+    """All of ``configs`` on each probe model, each in a process of its own."""
+    workers = len(model_types)
+    threads = max(1, torch.get_num_threads() // workers)
+    # Not forked: threads of this process would be missing in its copy.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {model: pool.submit(_curves_of, model, limit, num_frames, threads) for model in model_types}
+        return {model: job.result() for model, job in jobs.items()}
+
+
+def _curves_of(model_type: str, limit: int, num_frames: int, threads: int) -> list[ProbeRun]:
+    torch.set_num_threads(threads)
+    model, processor = load_probe_model(model_type)
+    tallies = ask(model, processor, configs(), examples("test", limit, num_frames=num_frames))
+    return [tally.run(name) for name, tally in tallies.items()]
+
+
 def draw(runs: Mapping[str, Sequence[ProbeRun]], path: Path) -> None:
-    """One panel for each model: presets as points, baselines as lines."""
+    """A row of panels for each model, one for each kind of method: its curves over those of the baselines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * len(runs), 5.2), layout="constrained")
-    for axes, (model, model_runs) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
-        dense = model_runs[0]
-        for method, style in zip(BASELINES, ("o-", "s-"), strict=True):
-            line = [run for run in model_runs if run.config.startswith(f"{method} ")]
-            axes.plot(
-                [dense.retention, *(run.retention for run in line)],
-                [dense.accuracy, *(run.accuracy for run in line)],
-                style,
-                label=method,
-                color="0.6",
-                markersize=4,
-            )
-        for run in model_runs:
-            if " " in run.config or run.config in BASELINES:
-                continue
-            axes.errorbar(
-                run.retention,
-                run.accuracy,
-                yerr=[[run.accuracy - run.interval[0]], [run.interval[1] - run.accuracy]],
-                fmt="D",
-                capsize=2,
-            )
-            axes.annotate(
-                run.config, (run.retention, run.accuracy), textcoords="offset points", xytext=(5, 5), fontsize=8
-            )
-        axes.set(title=model, xlabel="retention of visual tokens", ylabel="accuracy", xlim=(0, 1.12))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    kinds: dict[str, list[str]] = {}
+    for stage in ("tokens", "layers"):
+        for name, method in sorted(METHODS[stage].items().items()):
+            if name not in BASELINES:
+                kinds.setdefault(getattr(method, "kind", stage), []).append(name)
+    figure = Figure(figsize=(6 * len(kinds), 5 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), len(kinds), squeeze=False, sharex=True, sharey="row")
+    for row, (model, model_runs) in zip(panels, runs.items(), strict=True):
+        for axes, (kind, names) in zip(row, kinds.items(), strict=True):
+            for name, style in zip(BASELINES, ("--", ":"), strict=True):
+                axes.plot(*_points(name, model_runs), style, color="0.4", label=name)
+            for number, name in enumerate(names):
+                marker = "osD^v"[number // 10]
+                axes.plot(*_points(name, model_runs), f"{marker}-", markersize=4, linewidth=1, label=name)
+            axes.set(title=f"{model}: {kind}", xlabel="retention of visual tokens", xlim=(0, 1.02))
+            axes.grid(alpha=0.3)
+            axes.legend(loc="lower right", fontsize=8)
+        row[0].set(ylabel="accuracy")
+    figure.savefig(path, dpi=80)
+
+
+def _points(method: str, runs: Sequence[ProbeRun]) -> tuple[list[float], list[float]]:
+    """Retention and accuracy of a method at its budgets, and of the unreduced model."""
+    own = [run for run in runs if run.config == "dense" or run.config.startswith((f"{method}-", f"{method} "))]
+    own.sort(key=lambda run: run.retention)
+    return [run.retention for run in own], [run.accuracy for run in own]
 
 
 def write_page(

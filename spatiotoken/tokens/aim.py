@@ -58,7 +58,7 @@ class AIM(TokenReducer, method="aim", paper="2412.03248"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(T N^2 D)"
+    complexity: ClassVar[str] = "O(T N^2 D)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25
@@ -73,4 +73,4 @@ class AIM(TokenReducer, method="aim", paper="2412.03248"):
         time = torch.arange(video.grid[0], device=index.device)[:, None]
         source, order = (index + time * places).flatten().sort()
         assignment = order.argsort()[(owner + time * count).flatten()]
-        return ReducedTokens(values.flatten(0, 1)[order].to(video.embeddings.dtype), source, assignment)
+        return ReducedTokens(values.flatten(0, 1).index_select(0, order).to(video.embeddings.dtype), source, assignment)

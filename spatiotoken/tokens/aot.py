@@ -88,7 +88,7 @@ class AOT(SaliencyReducer, method="aot", paper="2603.01400"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(T N K D) for K anchors per frame"
+    complexity: ClassVar[str] = "O(T N K D) for K anchors per frame"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     attention: Attention = Field("received", description="whose attention in the vision tower makes a token salient")

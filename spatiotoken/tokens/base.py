@@ -34,7 +34,7 @@ class TokenReducer(Method):
     """Optional fields of ``VideoFeatures`` that ``reduce`` reads."""
     merges: ClassVar[bool] = False
     """Survivors absorb other tokens, instead of these being dropped."""
-    cost: ClassVar[str]
+    complexity: ClassVar[str]
     """Arithmetic in ``T`` frames, ``N`` tokens per frame and ``D`` channels."""
     fidelity: ClassVar[str]
     """What the results were compared with."""

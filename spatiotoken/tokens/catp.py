@@ -67,7 +67,7 @@ class CATP(TokenReducer, method="catp", paper="2508.07871"):
 
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"question"})
-    cost: ClassVar[str] = "O(TN^2 (D + K)) for K kept per frame"
+    complexity: ClassVar[str] = "O(TN^2 (D + K)) for K kept per frame"
     fidelity: ClassVar[str] = "paper only"
 
     retention: Retention = 0.611

@@ -82,7 +82,7 @@ class CDPruner(TokenReducer, method="cdpruner", paper="2506.10967"):
 
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"question"})
-    cost: ClassVar[str] = "O(TN^2 (D + K^2 / N)) for K kept per frame"
+    complexity: ClassVar[str] = "O(TN^2 (D + K^2 / N)) for K kept per frame"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     retention: Retention = 0.112

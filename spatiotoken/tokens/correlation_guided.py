@@ -51,7 +51,7 @@ class CorrelationGuided(TokenReducer, method="correlation_guided", paper="2407.1
 
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "frame_features"})
-    cost: ClassVar[str] = "O(TN^2 D)"
+    complexity: ClassVar[str] = "O(TN^2 D)"
     fidelity: ClassVar[str] = "paper only"
 
     similarity: float = Field(0.8, ge=-1, lt=1, description="cosine above which two tokens of a frame look alike")

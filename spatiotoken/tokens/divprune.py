@@ -59,7 +59,7 @@ class DivPrune(TokenReducer, method="divprune", paper="2503.02175"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(K TN D) for K kept"
+    complexity: ClassVar[str] = "O(K TN D) for K kept"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25

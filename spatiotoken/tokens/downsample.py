@@ -53,7 +53,7 @@ class Downsample(TokenReducer, method="downsample"):
 
     kind: ClassVar[str] = "baseline"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "not published"
 
     retention: Retention = 0.25

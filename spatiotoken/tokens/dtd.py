@@ -56,7 +56,7 @@ class DTD(TokenReducer, method="dtd", paper="2504.17343"):
     """
 
     kind: ClassVar[str] = "temporal redundancy"
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     threshold: float = Field(0.5, ge=-1, le=1, description="cosine above which a token is dropped")

@@ -69,7 +69,7 @@ class DyCoke(TokenReducer, method="dycoke", paper="2411.15024"):
     """
 
     kind: ClassVar[str] = "temporal redundancy"
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     merging_ratio: float = Field(0.7, ge=0, le=1, description="share of a compared frame's tokens that is dropped")

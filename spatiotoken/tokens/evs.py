@@ -10,6 +10,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.merging import previous_cosine
 
 
 def evs_count(grid: tuple[int, int, int], retention: float) -> int:
@@ -24,7 +25,7 @@ def evs_mask(embeddings: Tensor, grid: tuple[int, int, int], count: int) -> Tens
     The first frame comes first whatever it shows. Ties go to the lowest index.
     """
     frames, places = embeddings.view(grid[0], -1, embeddings.shape[-1]).float(), grid[1] * grid[2]
-    change = 1 - torch.nn.functional.cosine_similarity(frames[1:], frames[:-1], dim=-1)
+    change = 1 - previous_cosine(frames)
     score = torch.cat([change.new_full((places,), torch.inf), change.flatten()])
     mask = torch.zeros(score.shape[0], dtype=torch.bool, device=score.device)
     mask[score.argsort(descending=True, stable=True)[:count]] = True
@@ -40,7 +41,7 @@ class EVS(TokenReducer, method="evs", paper="2510.14624"):
     """
 
     kind: ClassVar[str] = "temporal redundancy"
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25

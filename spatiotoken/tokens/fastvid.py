@@ -78,7 +78,7 @@ class FastVID(SaliencyReducer, method="fastvid", paper="2503.11187"):
     kind: ClassVar[str] = "segmentation and merging"
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "frame_features"})
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TN²D/p + TLNKD) for K anchors per frame, in every p-th, and L frames per segment"
+    complexity: ClassVar[str] = "O(TN²D/p + TLNKD) for K anchors per frame, in every p-th, and L frames per segment"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.1

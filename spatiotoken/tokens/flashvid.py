@@ -91,7 +91,7 @@ class FlashVID(SaliencyReducer, method="flashvid", paper="2602.08024"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TN²D)"
+    complexity: ClassVar[str] = "O(TN²D)"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     attention: Attention = Field("received", description="whose attention in the vision tower makes a token salient")

@@ -55,7 +55,7 @@ class FoPru(SaliencyReducer, method="fopru", paper="2411.14164"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(TN log N)"
+    complexity: ClassVar[str] = "O(TN log N)"
     fidelity: ClassVar[str] = "paper only"
 
     attention: Attention = Field("received", description="whose attention in the vision tower makes a token salient")

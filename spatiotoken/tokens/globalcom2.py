@@ -71,7 +71,7 @@ class GlobalCom2(SaliencyReducer, method="globalcom2", paper="2501.05179"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(TN log TN)"
+    complexity: ClassVar[str] = "O(TN log TN)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25

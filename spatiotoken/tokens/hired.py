@@ -25,8 +25,8 @@ def hired_count(num_tokens: int, retention: float) -> int:
 def hired_budgets(whole: int, joined: int, retention: float, alpha: float) -> tuple[int, int]:
     """How many of the tokens of the whole picture, and at most how many of those of its tiles, are kept."""
     total = int((whole + joined) * retention)
-    first = min(int(total * alpha), whole)
-    return max(1, first), max(1, min(total - first, joined))
+    first = max(1, min(int(total * alpha), whole))
+    return first, max(1, min(total - first, joined))
 
 
 def hired_hits(saliency: Tensor, group: Tensor, groups: int, alpha: float) -> Tensor:
@@ -64,7 +64,7 @@ class HiRED(SaliencyReducer, method="hired", paper="2408.10945"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(TN log TN)"
+    complexity: ClassVar[str] = "O(TN log TN)"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     retention: Retention = 0.2

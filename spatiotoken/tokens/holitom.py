@@ -107,7 +107,7 @@ class HoliTom(SaliencyReducer, method="holitom", paper="2505.21334"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TND + T^2 + W N^2 D) for W windows"
+    complexity: ClassVar[str] = "O(TND + T^2 + W N^2 D) for W windows"
     fidelity: ClassVar[str] = "authors' vectors"
 
     attention: Attention = Field("received", description="whose attention in the vision tower makes a token salient")

@@ -76,7 +76,7 @@ class KTVTokens(SaliencyReducer, method="ktv_tokens", paper="2602.03615"):
 
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "hidden", "question"})
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     retention: Retention = 0.146

@@ -71,7 +71,7 @@ class LearningFree(TokenReducer, method="learning_free", paper="2501.17391"):
 
     kind: ClassVar[str] = "temporal redundancy"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "paper only"
 
     retention: Retention = 0.0625

@@ -72,7 +72,7 @@ class LLaVAScissor(TokenReducer, method="llava_scissor", paper="2506.21862"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O((T N^2 + R^2 + TN M) D) for R components of frames, M of the clip"
+    complexity: ClassVar[str] = "O((T N^2 + R^2 + TN M) D) for R components of frames, M of the clip"
     fidelity: ClassVar[str] = "authors' vectors"
 
     threshold: float = Field(0.9, ge=-1, le=1, description="cosine above which two tokens are linked")

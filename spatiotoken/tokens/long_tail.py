@@ -54,7 +54,7 @@ class LongTail(TokenReducer, method="long_tail", paper="2409.01162"):
 
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "frame_features"})
-    cost: ClassVar[str] = "O(TN (D + log N))"
+    complexity: ClassVar[str] = "O(TN (D + log N))"
     fidelity: ClassVar[str] = "paper only"
 
     min_retention: float = Field(0.0, ge=0, le=1, description="share of a frame's tokens that is kept in any case")

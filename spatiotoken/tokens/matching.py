@@ -26,9 +26,11 @@ def bipartite_matching(metric: Tensor, reduction: int, *, class_token: bool = Fa
     index = torch.arange(count, device=metric.device).expand(batch, -1)
     if reduction <= 0:
         return index, index
-    even, odd = metric[:, ::2].float(), torch.nn.functional.normalize(metric[:, 1::2].float(), dim=-1)
-    best, partner = (even @ odd.mT).max(dim=-1)
-    best = best / even.norm(dim=-1).clamp(min=1e-12)
+    values = metric.float()
+    length = torch.linalg.vector_norm(values, dim=-1).clamp(min=1e-12)
+    cosines = values[:, ::2] @ values[:, 1::2].mT
+    best, partner = cosines.div_(length[:, None, 1::2]).max(dim=-1)
+    best = best / length[:, ::2]
     if class_token:
         best[:, 0] = -torch.inf
     ranked = best.argsort(dim=-1, descending=True, stable=True)
@@ -54,8 +56,13 @@ def merge_matched(values: Tensor, sizes: Tensor | None, places: Tensor, count: i
     """
     batch = values.shape[0]
     rows = (places + count * torch.arange(batch, device=places.device)[:, None]).flatten()
-    weighted = values if sizes is None else values * sizes.unsqueeze(-1)
-    sizes = torch.ones_like(values[..., 0]) if sizes is None else sizes
-    total = values.new_zeros(batch * count, values.shape[-1]).index_add_(0, rows, weighted.flatten(0, 1))
-    weight = values.new_zeros(batch * count).index_add_(0, rows, sizes.flatten())
-    return total.div_(weight[:, None]).unflatten(0, (batch, count)), weight.view(batch, count)
+    weight = torch.ones_like(values[..., 0]) if sizes is None else sizes
+    total = values.new_zeros(batch * count).index_add_(0, rows, weight.flatten())
+    # Each place's tokens one after the other: several times faster than adding them up in the order of tokens.
+    order = rows.argsort(stable=True)
+    first = torch.searchsorted(rows[order], torch.arange(batch * count, device=rows.device))
+    weights = None if sizes is None else sizes.flatten()[order]
+    sums = torch.nn.functional.embedding_bag(
+        order, values.flatten(0, 1), first, mode="sum", per_sample_weights=weights
+    )
+    return sums.div_(total[:, None]).unflatten(0, (batch, count)), total.view(batch, count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,37 @@ def mean_by_assignment(values: Tensor, assignment: Tensor, count: int) -> Tensor
     return (total / members.clamp(min=1)[:, None])[:count].to(values.dtype)
 
 
+def top_mask(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
+    """``[...]`` bool, True at the ``count`` largest (or smallest) scores of the last dimension.
+
+    Ties go to the lowest index, on every device; what is not a number comes last.
+    """
+    if count >= scores.shape[-1] or count == 0:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    worst = -torch.inf if largest else torch.inf
+    scores = scores.nan_to_num(worst, torch.inf, -torch.inf)
+    # Several times as fast as to sort all. Which of equal scores are among these depends on the device.
+    top = scores.topk(count, dim=-1, largest=largest, sorted=False).values
+    edge = top.amin(dim=-1, keepdim=True) if largest else top.amax(dim=-1, keepdim=True)
+    better, level = scores > edge if largest else scores < edge, scores == edge
+    return better | (level & (level.cumsum(dim=-1) <= count - better.sum(dim=-1, keepdim=True)))
+
+
 def top_indices(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
     """``[..., count]`` indices of the largest (or smallest) scores of the last dimension, in order of place.
 
     Ties go to the lowest index, on every device.
     """
-    return scores.argsort(dim=-1, descending=largest, stable=True)[..., :count].sort(dim=-1).values
+    return true_indices(top_mask(scores, count, largest=largest), min(count, scores.shape[-1]))
+
+
+def true_indices(mask: Tensor, count: int) -> Tensor:
+    """``[..., count]`` indices in the last dimension where ``mask`` is True, at ``count`` places of each row, rising."""
+    shape = (*mask.shape[:-1], count)
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.int64, device=mask.device)
+    # The size is known, so the host need not wait.
+    return torch.nonzero_static(mask, size=math.prod(shape))[:, -1].view(shape)
 
 
 def nearest(queries: Tensor, anchors: Tensor, *, chunk: int = 2048) -> Tensor:
@@ -38,11 +65,34 @@ def nearest(queries: Tensor, anchors: Tensor, *, chunk: int = 2048) -> Tensor:
     return torch.cat(rows)
 
 
+def paired_dot(first: Tensor, second: Tensor) -> Tensor:
+    """``[...]`` float32 inner product of each vector of ``first [..., D]`` with its partner."""
+    first, second = first.float(), second.float()
+    if first.is_cuda or first.shape != second.shape or not (first.is_contiguous() and second.is_contiguous()):
+        return (first * second).sum(dim=-1)
+    # On a CPU, writing all products to memory is most of the time.
+    rows, columns = (side.view(-1, 1, side.shape[-1]) for side in (first, second))
+    return torch.bmm(rows, columns.mT).view(first.shape[:-1])
+
+
 def paired_cosine(first: Tensor, second: Tensor) -> Tensor:
     """``[...]`` float32 cosine of each vector of ``first [..., D]`` with its partner; 0 where one of them is zero."""
-    a, b = first.float(), second.float()
-    lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return (a * b).sum(dim=-1) / lengths.clamp(min=1e-16)
+    return cosine(paired_dot(first, second), paired_dot(first, first), paired_dot(second, second))
+
+
+def previous_cosine(frames: Tensor) -> Tensor:
+    """``[T - 1, N]`` float32 cosine of each token of ``frames [T, N, D]`` with its place one frame before."""
+    frames = frames.float()
+    squares = paired_dot(frames, frames)
+    return cosine(paired_dot(frames[1:], frames[:-1]), squares[1:], squares[:-1])
+
+
+def cosine(dots: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Float32 cosines from inner products of pairs, and of their ``first`` and ``second`` vectors with themselves.
+
+    Exactly 1 where all three are the same, so that tokens that stand still tie; 0 where a vector is zero.
+    """
+    return (dots / (first.double() * second).sqrt().clamp(min=1e-16)).float()
 
 
 def question_direction(question: Tensor) -> Tensor:

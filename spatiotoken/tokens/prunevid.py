@@ -89,7 +89,7 @@ class PruneVid(TokenReducer, method="prunevid", paper="2412.16117"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TN^2 D + T^2 D)"
+    complexity: ClassVar[str] = "O(TN^2 D + T^2 D)"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     similarity: float = Field(0.8, ge=-1, le=1, description="mean cosine in a scene above which a place is static")

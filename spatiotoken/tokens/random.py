@@ -31,7 +31,7 @@ class Random(TokenReducer, method="random"):
     """
 
     kind: ClassVar[str] = "baseline"
-    cost: ClassVar[str] = "O(TN)"
+    complexity: ClassVar[str] = "O(TN)"
     fidelity: ClassVar[str] = "not published"
 
     retention: Retention = 0.25

@@ -89,7 +89,7 @@ class ToDRE(SaliencyReducer, method="todre", paper="2505.18757"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(K TN D) for K kept"
+    complexity: ClassVar[str] = "O(K TN D) for K kept"
     fidelity: ClassVar[str] = "paper only"
 
     retention: Retention = 0.1

@@ -69,7 +69,7 @@ class VidCom2(TokenReducer, method="vidcom2", paper="2505.14454"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(TND)"
+    complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors"
 
     retention: Retention = 0.25

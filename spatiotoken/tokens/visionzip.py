@@ -85,7 +85,7 @@ class VisionZip(SaliencyReducer, method="visionzip", paper="2412.04467"):
     kind: ClassVar[str] = "importance and diversity"
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(TN KD) for K contextual tokens a frame"
+    complexity: ClassVar[str] = "O(TN KD) for K contextual tokens a frame"
     fidelity: ClassVar[str] = "authors' vectors, in part"
 
     retention: Retention = 0.25

@@ -112,7 +112,7 @@ class VQTokenFree(TokenReducer, method="vqtoken_free", paper="2503.16980"):
 
     kind: ClassVar[str] = "segmentation and merging"
     merges: ClassVar[bool] = True
-    cost: ClassVar[str] = "O(K TN D) per iteration for K kept"
+    complexity: ClassVar[str] = "O(K TN D) per iteration for K kept"
     fidelity: ClassVar[str] = "paper only"
 
     retention: Retention = 0.005

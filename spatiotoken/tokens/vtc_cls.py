@@ -42,7 +42,7 @@ class VtcCls(SaliencyReducer, method="vtc_cls", paper="2412.05819"):
     """
 
     kind: ClassVar[str] = "importance and diversity"
-    cost: ClassVar[str] = "O(TN log N)"
+    complexity: ClassVar[str] = "O(TN log N)"
     fidelity: ClassVar[str] = "paper only"
 
     retention: Retention = 0.25

@@ -208,7 +208,7 @@ def test_bad_usage(args: list[str], culprits: list[str]) -> None:
 
 def test_page(tmp_path: Path) -> None:
     model, processor = load_probe_model("qwen2_5_vl")
-    configs = {"dense": load_config("dense"), "evs": load_config("evs"), "random 0.5": at_retention("random", 0.5)}
+    configs = {"dense": load_config("dense"), "evs": load_config("evs"), "random-50": at_retention("random", 0.5)}
     tallies = ask(model, processor, configs, islice(examples("test", 7), 7))
     runs = {"qwen2_5_vl": [tally.run(name) for name, tally in tallies.items()]}
     page = write_page(runs, tmp_path, limit=7, num_frames=16, command="spatiotoken probe --all", machine="here")

@@ -1,0 +1,159 @@
+"""What the property tests are drawn from: grids, what tokens show, and settings of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+from torch import Tensor
+
+from spatiotoken.config import load_config
+from spatiotoken.registry import Method
+from tests.cases import REDUCED
+
+Grid = tuple[int, int, int]
+
+SMALL = 0.001
+"""Where a setting must be above zero, the least that is drawn."""
+CONTENTS = ("random", "equal", "static", "drifting", "cuts", "some zero", "all zero", "duplicates", "opposed")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def drawn(examples: int) -> settings:
+    """The same ``examples`` in every run."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+@st.composite
+def grids(draw: DrawFn, most: int = 600, frames: int = 64) -> Grid:
+    """``(T, H, W)`` of at most so many tokens: images, odd grids, one token per frame."""
+    time = draw(st.integers(1, min(8, frames)) | st.integers(1, frames))
+    short = draw(st.integers(1, min(20, isqrt(most // time))))
+    long = draw(st.integers(short, min(20, most // time // short)))
+    return draw(st.sampled_from([(time, short, long), (time, long, short)]))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the tokens of a clip show, whatever their number of channels."""
+
+    content: str
+    shift: float
+    scale: float
+    dtype: torch.dtype
+    seed: int
+
+    def tokens(self, grid: Grid, dim: int, salt: int = 0) -> Tensor:
+        """``[T * H * W, D]``; another ``salt`` gives others with the same relations between them."""
+        return _CONTENT[self.content](self._noise(grid, dim, salt), self._generator(salt + 1)).flatten(0, 1)
+
+    def rows(self, count: int, dim: int, salt: int) -> Tensor:
+        """``[count, D]`` rows that the content has no part in."""
+        return self._noise((1, 1, count), dim, salt).flatten(0, 1)
+
+    def _noise(self, grid: Grid, dim: int, salt: int) -> Tensor:
+        generator = self._generator(salt)
+        shift = self.shift * torch.randn(dim, generator=generator)
+        noise = torch.randn(grid[0], grid[1] * grid[2], dim, generator=generator)
+        return (self.scale * (shift + noise)).to(self.dtype)
+
+    def _generator(self, salt: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1000 * self.seed + salt)
+
+
+def _cuts(noise: Tensor, generator: torch.Generator) -> Tensor:
+    scene = torch.randint(0, min(4, noise.shape[0]), (noise.shape[0],), generator=generator).sort().values
+    return 0.9 * noise[scene] + 0.1 * noise
+
+
+def _some_zero(noise: Tensor, generator: torch.Generator) -> Tensor:
+    return noise * (torch.rand(*noise.shape[:2], 1, generator=generator) < 0.6)
+
+
+def _duplicates(noise: Tensor, generator: torch.Generator) -> Tensor:
+    count = noise.shape[0] * noise.shape[1]
+    which = torch.randint(0, min(5, count), noise.shape[:2], generator=generator)
+    return noise.flatten(0, 1)[which]
+
+
+def _opposed(noise: Tensor, generator: torch.Generator) -> Tensor:
+    sign = 2 * torch.randint(0, 2, (*noise.shape[:2], 1), generator=generator) - 1
+    return noise[:1, :1] * sign
+
+
+_CONTENT: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "random": lambda noise, _: noise,
+    "equal": lambda noise, _: noise[:1, :1].expand_as(noise).clone(),
+    "static": lambda noise, _: noise[:1].expand_as(noise).clone(),
+    "drifting": lambda noise, _: 0.8 * noise[:1] + 0.2 * noise,
+    "cuts": _cuts,
+    "some zero": _some_zero,
+    "all zero": lambda noise, _: torch.zeros_like(noise),
+    "duplicates": _duplicates,
+    "opposed": _opposed,
+}
+
+
+def scenes() -> SearchStrategy[Scene]:
+    return st.builds(
+        Scene,
+        content=st.sampled_from(CONTENTS),
+        shift=st.sampled_from([0.0, 3.0]),
+        scale=st.sampled_from([1.0, 0.02, 2000.0]),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 1000),
+    )
+
+
+def retentions() -> SearchStrategy[float]:
+    """From less than a token per frame to all of them."""
+    thousandths = st.integers(1, 1000).map(lambda share: share / 1000)
+    powers = st.integers(1, 99).map(lambda power: 0.93**power)
+    return thousandths | powers | st.sampled_from([1 / 3, 0.25, 0.5, 0.999, 1.0])
+
+
+def instances(method: type[Method], **fixed: Any) -> SearchStrategy[Method]:
+    """The method with any valid settings but the ``fixed`` ones; also as its preset and ``tests/cases.py`` have it."""
+    fields = {name: retentions() if name == "retention" else values(schema) for name, schema in _schemas(method)}
+    always = {"retention": retentions()} if "retention" in fields else {}
+    some = st.fixed_dictionaries(always, optional={name: field for name, field in fields.items() if name not in always})
+    known = [REDUCED[method.stage, method.name], _preset(method)]
+    return (st.sampled_from(known) | some | some | some).map(lambda chosen: method(**{**chosen, **fixed}))
+
+
+def _schemas(method: type[Method]) -> list[tuple[str, dict[str, Any]]]:
+    return list(method.model_json_schema()["properties"].items())
+
+
+def _preset(method: type[Method]) -> dict[str, Any]:
+    return load_config(method.name).methods()[method.stage].model_dump()
+
+
+def values(schema: dict[str, Any]) -> SearchStrategy[Any]:
+    """What a field of this JSON schema may be; where it has no upper bound, up to 10 more than the lower."""
+    if "anyOf" in schema:
+        return st.one_of([values(each) for each in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if "prefixItems" in schema:
+        return st.tuples(*map(values, schema["prefixItems"]))
+    if schema["type"] == "null":
+        return st.none()
+    if schema["type"] == "boolean":
+        return st.booleans()
+    low = schema["exclusiveMinimum"] + SMALL if "exclusiveMinimum" in schema else schema["minimum"]
+    high = schema.get("maximum", schema.get("exclusiveMaximum", low + 10))
+    if schema["type"] == "integer":
+        return st.integers(low, min(high, low + 10))
+    return st.floats(low, high, exclude_max="exclusiveMaximum" in schema)
