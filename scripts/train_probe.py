@@ -118,7 +118,10 @@ def main() -> None:
 
 
 def _to(batch: Glimpses, device: torch.device) -> Glimpses:
-    return type(batch)(**{name: value.to(device) for name, value in vars(batch).items()})
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()
+    }
+    return type(batch)(**moved)
 
 
 def _save(model: Any, processor: Any, directory: Path, run: dict[str, Any]) -> None:

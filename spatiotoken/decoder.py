@@ -6,7 +6,6 @@ its original length again, with zeros where a token was dropped, so callers may 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spatiotoken.between import BetweenLayers
 from spatiotoken.config import PatchConfig
 from spatiotoken.layout import bearers_at, coordinates_at
 from spatiotoken.patches.adapter import ModelAdapter
@@ -23,14 +23,11 @@ from spatiotoken.sequence import (
     compact_index,
     gather_rows,
     is_logical,
-    joined_valid,
     kept_rows,
-    layer_mask,
     restore_rows,
     with_logical_layers,
 )
 from spatiotoken.state import ACTIVE, Forward
-from spatiotoken.structures import LayerTokens
 
 
 class SequenceStages:
@@ -46,7 +43,7 @@ class SequenceStages:
         self.config = config
         self.language_model = adapter.language_model(model)
         self.layers = adapter.decoder_layers(model)
-        self.prune_layers = config.layers.prune_layers(len(self.layers)) if config.layers else ()
+        self.between = BetweenLayers(adapter, self.language_model, self.layers, config)
         text = self.language_model.config
         if (config.frames or config.tokens or config.layers) and _slides(text):
             raise ValueError("token reduction does not support sliding-window attention in the language model")
@@ -58,10 +55,8 @@ class SequenceStages:
                 f"tokens.positions: {self.positions!r} does not work with this model's {kind} positions; supported: "
                 f"{', '.join(supported)}"
             )
-        # Whether the layers before those that prune must leave their input, from which attention is computed.
-        self.scores = bool(config.layers and config.layers.needs & {"attention", "received"})
         # Beside a `layers` method, flash attention needs the decoder layers' arguments changed (see `layer`).
-        self.wraps_layers = bool(self.prune_layers) or "flash" in str(text._attn_implementation)
+        self.wraps_layers = bool(self.between.prune_layers) or "flash" in str(text._attn_implementation)
 
     # -- entry of the language model --
 
@@ -105,7 +100,7 @@ class SequenceStages:
         forward.recorder.visual_kept = forward.recorder.visual - (sum(before) - sum(counts))
         self._record(forward, lengths, real)
         cache: Any = arguments.get("past_key_values")
-        if not shortened and not (self.prune_layers and any(counts)):
+        if not shortened and not (self.between.prune_layers and any(counts)):
             return self._continue(original, arguments, forward) if is_logical(cache) else original(**arguments)
         if forward.custom_mask:
             raise ValueError(
@@ -115,17 +110,18 @@ class SequenceStages:
         if cache is not None or self._uses_cache(arguments):
             seen = None if earlier is None or is_logical(cache) or bool(earlier.all()) else earlier
             cache = arguments["past_key_values"] = with_logical_layers(cache, self.language_model.config, seen)
-            _check_evenly_pruned(cache, self.prune_layers)
+            _check_evenly_pruned(cache, self.between.prune_layers)
         past = cache.layers[0].get_seq_length() if cache is not None else 0
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
         if shortened:
             # At least one row, be it padding: a chunk of a prompt may lose all it has.
             index = compact_index(kept, max(1, *lengths), left=left)
         rows = Rows(index, kept.gather(1, index), lengths, left)
+        shift = None
+        if self.positions == "compact" and (shortened or past):
+            shift = self._compact(arguments, valid, kept, cache, past)
         if shortened:
-            if self.positions == "compact":
-                dropped = self._compact(arguments, valid, kept, cache, past)
-            elif self.positions == "ppe":
+            if self.positions == "ppe":
                 forward.members = self._member_positions(arguments, rows, forward)
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
@@ -137,12 +133,12 @@ class SequenceStages:
             arguments["attention_mask"] = (
                 rows.valid if cache is None else cache.layers[0].attention_mask(rows.padding, index.shape[1])
             )
-        if past and self.prune_layers:
-            forward.masks = self._masks(cache, arguments["inputs_embeds"], rows.padding, 0)
+        if past and self.between.prune_layers:
+            forward.masks = self.between.masks(cache, arguments["inputs_embeds"], rows.padding, 0)
         output = original(**arguments)
         self._record_cache(cache, forward, length)
-        if shortened and self.positions == "compact" and cache is not None:
-            cache.layers[0].shift = dropped
+        if cache is not None and shift is not None:
+            cache.layers[0].shift = shift
         if forward.rows is not rows:
             remaining = torch.zeros_like(embeds[..., 0], dtype=torch.int64)
             last = forward.rows.to(embeds.device)
@@ -215,7 +211,7 @@ class SequenceStages:
         padding = mask[:, -new:].bool() if mask is not None and new > 1 else None
         if padding is not None and bool(padding.all()):
             padding = None
-        _check_evenly_pruned(cache, self.prune_layers)
+        _check_evenly_pruned(cache, self.between.prune_layers)
         if (shift := cache.layers[0].shift) is not None:
             positions = arguments.get("position_ids")
             if positions is None:
@@ -223,21 +219,12 @@ class SequenceStages:
                 positions = torch.arange(past, past + new, device=embeds.device)[None]
             arguments["position_ids"] = positions - shift.to(embeds.device)[:, None]
         arguments["attention_mask"] = cache.layers[0].attention_mask(padding, new)
-        if self.prune_layers:
-            forward.masks = self._masks(cache, embeds, padding, 0)
+        if self.between.prune_layers:
+            forward.masks = self.between.masks(cache, embeds, padding, 0)
         output = original(**arguments)
         for layer in cache.layers:
             layer.append(new, padding)
         return output
-
-    def _masks(self, cache: Any, hidden: Tensor, padding: Tensor | None, first: int) -> dict[int, Any]:
-        """Masks of the decoder layers from ``first`` on; they change where a method may have dropped tokens."""
-        bounds = [first, *(index for index in self.prune_layers if index > first), len(self.layers)]
-        masks: dict[int, Any] = {}
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            layer = None if cache is None else cache.layers[start]
-            masks |= dict.fromkeys(range(start, stop), layer_mask(self.language_model.config, hidden, layer, padding))
-        return masks
 
     def _record_cache(self, cache: Any, forward: Forward, length: int) -> None:
         if cache is None or not cache.layers[0].is_initialized:  # gradient checkpointing takes the cache away
@@ -258,155 +245,6 @@ class SequenceStages:
     def _uses_cache(self, arguments: dict[str, Any]) -> bool:
         use_cache = arguments.get("use_cache")
         return bool(self.language_model.config.use_cache if use_cache is None else use_cache)
-
-    # -- between decoder layers --
-
-    def layer(self, index: int, original: Callable[..., Any], hidden_states: Tensor, **arguments: Any) -> Any:
-        """The forward of decoder layer ``index``."""
-        forward, hidden = ACTIVE.get(), hidden_states
-        if forward is None or (forward.rows is None and not forward.masks):
-            return original(hidden, **arguments)
-        if forward.rows is not None:
-            # They are in the position embeddings; flash attention would take gaps for borders of packed samples.
-            arguments["position_ids"] = None
-        arguments |= forward.overrides
-        if index in self.prune_layers and forward.rows is not None:
-            if self.layers[index].training and getattr(self.layers[index], "gradient_checkpointing", False):
-                # Layers would be computed again later, when what they were to drop is no longer known.
-                raise ValueError("gradient checkpointing does not work with a `layers` method: use `model.eval()`")
-            hidden = self._prune(forward, index, hidden, arguments)
-        if index in forward.masks:
-            arguments["attention_mask"] = forward.masks[index]
-        if index + 1 in self.prune_layers and self.scores:
-            forward.scored = hidden, arguments["position_embeddings"]
-        return original(hidden, **arguments)
-
-    def _prune(self, forward: Forward, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Drop or merge visual tokens before decoder layer ``index``."""
-        assert self.config.layers is not None and forward.rows is not None and forward.visual is not None
-        # Layers of a dispatched model may be on other devices than the embeddings.
-        rows, visual = forward.rows.to(hidden.device), forward.visual.to(hidden.device)
-        cache = arguments.get("past_key_values")
-        with forward.recorder.span("layers"):
-            hidden, keep, counts = self._reduce(forward, index, cache, hidden, rows, visual)
-            forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))
-            if counts == forward.counts:
-                return hidden
-            lengths = [n - b + a for n, b, a in zip(rows.lengths, forward.counts, counts, strict=True)]
-            forward.rows, inner = rows.narrow(keep, lengths)
-            forward.counts, forward.visual = counts, (visual & keep).gather(1, inner)
-            forward.since_entry = inner if forward.since_entry is None else forward.since_entry.gather(1, inner)
-            forward.history.append((index, forward.rows))
-            hidden = gather_rows(hidden, inner, 1)
-            forward.overrides = {
-                "position_embeddings": tuple(gather_rows(x, inner, 1) for x in arguments["position_embeddings"])
-            }
-            arguments |= forward.overrides
-            forward.masks = self._masks(cache, hidden, forward.rows.padding, index)
-            forward.recorder.layer_lengths[index:] = [lengths] * (len(self.layers) - index)
-        return hidden
-
-    def _reduce(
-        self, forward: Forward, index: int, cache: Any, hidden: Tensor, rows: Rows, visual: Tensor
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """``hidden`` with merged values, ``[B, K]`` True at the rows that stay, and how many visual ones of each sample
-        these are."""
-        method = self.config.layers
-        assert method is not None
-        attention, received = self._scores(forward, index, cache, rows)
-        keep, counts = torch.ones_like(visual), list(forward.counts)
-        order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        merged = hidden
-        for sample, count in enumerate(forward.counts):
-            if not count:
-                continue
-            places = order[sample, :count]
-            coordinates = None
-            if forward.coordinates is not None:
-                coordinates = forward.coordinates[sample].to(hidden.device)[rows.index[sample, places]]
-            left = method.reduce(
-                LayerTokens(
-                    layer=index,
-                    num_initial=forward.initial[sample],
-                    attention=None if attention is None else attention[sample][:, places],
-                    received=None if received is None else functools.partial(_of_sample, received, sample, places),
-                    hidden=hidden[sample, places] if "hidden" in method.needs else None,
-                    coordinates=coordinates,
-                    depth=len(self.layers),
-                ),
-                forward.memory.get(sample),
-            )
-            forward.memory[sample] = left.memory
-            counts[sample] = left.kept.shape[0]
-            if counts[sample] == count:
-                continue
-            keep[sample, places] = False
-            keep[sample, places[left.kept]] = True
-            if left.hidden is not None:
-                batch = torch.full_like(left.kept, sample)
-                merged = merged.index_put((batch, places[left.kept]), left.hidden.to(hidden.dtype))
-            if left.assignment is not None:
-                absorbed = left.assignment >= 0
-                into = places[left.kept][left.assignment[absorbed]]
-                forward.absorbed.append((sample, rows.index[sample, places[absorbed]], rows.index[sample, into]))
-        return merged, keep, counts
-
-    def _scores(
-        self, forward: Forward, index: int, cache: Any, rows: Rows
-    ) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
-        """Weights ``[B, heads, K]`` that the last token gave each row in the layer before, and what makes the mean
-        ``[B, K]`` that each row got there; None where the method does not ask for it."""
-        assert self.config.layers is not None
-        wanted = self.config.layers.needs & {"attention", "received"}
-        if not wanted or forward.scored is None:  # nothing is before the first layer
-            return None, None
-        hidden, position_embeddings = forward.scored
-        forward.scored = None
-        length, keys, seen = hidden.shape[1], None, rows.padding
-        layer = None if cache is None else cache.layers[index - 1]
-        if layer is not None and layer.is_initialized:
-            # The rows of this pass are in that layer's cache already, but not yet on its record.
-            keys, seen = layer.keys, joined_valid(layer.valid, layer.keys.shape[2] - length, rows.padding, length)
-
-        def weights(query_rows: Tensor) -> Tensor:
-            return self.adapter.attention_rows(
-                self.layers[index - 1], hidden, query_rows, position_embeddings, keys, seen
-            )[..., -length:]
-
-        @functools.cache
-        def received() -> Tensor:
-            got = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
-            for queries in torch.arange(length, device=hidden.device).expand(hidden.shape[0], -1).split(_QUERIES, 1):
-                # Padding asks nothing; what it gives, which may be NaN, is left out.
-                given = weights(queries).mean(dim=1).masked_fill(~rows.valid.gather(1, queries)[..., None], 0)
-                got += given.sum(dim=1)
-            return got / torch.tensor(rows.lengths, device=hidden.device)[:, None]
-
-        attention = None
-        if "attention" in wanted:
-            last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
-            attention = weights(torch.tensor(last, device=hidden.device))[:, :, 0]
-        return attention, received if "received" in wanted else None
-
-    def deepstack(self, original: Callable[..., Any], hidden: Tensor, pictures: Tensor, features: Tensor) -> Any:
-        """Adding features of the tower to hidden states, which may have become shorter since the entry."""
-        forward = ACTIVE.get()
-        if forward is None or forward.since_entry is None or forward.rows is None:
-            return original(hidden, pictures, features)
-        length = pictures.shape[1]
-        # Padding rows are sent to a column of their own.
-        entry = torch.where(forward.rows.valid, forward.since_entry, length)
-        present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
-        here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
-        return original(hidden, here, features[present[pictures]])
-
-
-def _of_sample(received: Callable[[], Tensor], sample: int, places: Tensor) -> Tensor:
-    return received()[sample, places]
-
-
-_QUERIES = 256
-"""Query rows whose attention is held at a time."""
 
 
 def _slides(config: Any) -> bool:

@@ -150,11 +150,12 @@ class _Patch:
             ahead = "_maybe_prepare_encoder_kwargs_for_generation"
             if config.tokens and "question" in config.tokens.needs and hasattr(self.model, ahead):
                 self._wrap(self.model, ahead, self._encode_ahead)
+            between = sequence.between
             if sequence.wraps_layers:
                 for index, layer in enumerate(sequence.layers):
-                    self._wrap(layer, "forward", functools.partial(sequence.layer, index), keep_positional=True)
+                    self._wrap(layer, "forward", functools.partial(between.layer, index), keep_positional=True)
                 if self.adapter.has_deepstack:
-                    self._wrap(sequence.language_model, "_deepstack_process", sequence.deepstack, keep_positional=True)
+                    self._wrap(sequence.language_model, "_deepstack_process", between.deepstack, keep_positional=True)
             if self.attention:
                 for layer in sequence.layers:
                     self.undo.set(layer.self_attn, dispatch.SLOT, self.attention)
@@ -268,11 +269,11 @@ class _Patch:
             return original(**arguments)
 
     @contextmanager
-    def _prompt(self, input_ids: Tensor | None, mask: Tensor | None) -> Iterator[None]:
+    def _prompt(self, input_ids: Tensor | None, mask: Any) -> Iterator[None]:
         """Remember the text for as long as pictures are encoded that belong to it."""
         before = self.prompt
         if input_ids is not None and input_ids.ndim == 2 and not input_ids.is_floating_point():
-            self.prompt = Prompt(input_ids, mask if mask is not None and mask.ndim == 2 else None)
+            self.prompt = Prompt(input_ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         try:
             yield
         finally:

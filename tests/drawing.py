@@ -39,8 +39,9 @@ def drawn(examples: int) -> settings:
 def grids(draw: DrawFn, most: int = 600, frames: int = 64) -> Grid:
     """``(T, H, W)`` of at most so many tokens: images, odd grids, one token per frame."""
     time = draw(st.integers(1, min(8, frames)) | st.integers(1, frames))
-    short = draw(st.integers(1, min(20, isqrt(most // time))))
-    long = draw(st.integers(short, min(20, most // time // short)))
+    most = min(20, isqrt(most // time)), most // time
+    short = draw(st.integers(1, min(3, most[0])) | st.integers(1, most[0]))
+    long = draw(st.just(short) | st.integers(short, min(20, most[1] // short)))
     return draw(st.sampled_from([(time, short, long), (time, long, short)]))
 
 
@@ -125,19 +126,16 @@ def retentions() -> SearchStrategy[float]:
 
 def instances(method: type[Method], **fixed: Any) -> SearchStrategy[Method]:
     """The method with any valid settings but the ``fixed`` ones; also as its preset and ``tests/cases.py`` have it."""
-    fields = {name: retentions() if name == "retention" else values(schema) for name, schema in _schemas(method)}
+    schemas = method.model_json_schema()["properties"]
+    fields = {name: retentions() if name == "retention" else values(schema) for name, schema in schemas.items()}
     always = {"retention": retentions()} if "retention" in fields else {}
     some = st.fixed_dictionaries(always, optional={name: field for name, field in fields.items() if name not in always})
-    known = [REDUCED[method.stage, method.name], _preset(method)]
-    return (st.sampled_from(known) | some | some | some).map(lambda chosen: method(**{**chosen, **fixed}))
+    return (st.sampled_from(known_settings(method)) | some | some | some).map(lambda chosen: method(**{**chosen, **fixed}))
 
 
-def _schemas(method: type[Method]) -> list[tuple[str, dict[str, Any]]]:
-    return list(method.model_json_schema()["properties"].items())
-
-
-def _preset(method: type[Method]) -> dict[str, Any]:
-    return load_config(method.name).methods()[method.stage].model_dump()
+def known_settings(method: type[Method]) -> list[dict[str, Any]]:
+    """Those that reduce small clips in other tests, and those of the preset."""
+    return [REDUCED[method.stage, method.name], load_config(method.name).methods()[method.stage].model_dump()]
 
 
 def values(schema: dict[str, Any]) -> SearchStrategy[Any]:

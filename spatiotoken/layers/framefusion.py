@@ -12,7 +12,7 @@ from torch import Tensor
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.runs import framefusion_merge, framefusion_similarity
 from spatiotoken.structures import LayerReduction, LayerTokens
-from spatiotoken.tokens.merging import top_indices
+from spatiotoken.tokens.merging import top_indices, top_mask
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def framefusion_plan(
         phase: Literal["merge", "prune"] = "prune" if share < ratio_bound else "merge"
         return alike, FrameFusionState((*state.sparsities, share), phase)
     count = int(wanted * num_tokens)
-    merges = torch.zeros_like(alike).index_fill_(0, top_indices(similarity, count), True)
-    return merges, replace(state, phase="done")
+    return top_mask(similarity, count), replace(state, phase="done")
 
 
 def framefusion_prune_count(num_tokens: int, state: FrameFusionState, cost: float, num_layers: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatiotoken.tokens.merging import mean_by_assignment, paired_cosine
+from spatiotoken.tokens.merging import cosine, mean_by_assignment, paired_dot
 
 NO_PARTNER = -2.0
 """Similarity of a token that has none at its place before it: below every cosine."""
+_CHUNK = 512
+"""Tokens that are brought together at a time: few enough to stay in a cache."""
 
 
 def framefusion_similarity(hidden: Tensor, place: Tensor) -> Tensor:
@@ -19,10 +21,15 @@ def framefusion_similarity(hidden: Tensor, place: Tensor) -> Tensor:
         place: ``[n]`` int64, each token's place in its frame.
     """
     order = place.argsort(stable=True)
-    grouped = hidden.index_select(0, order)
-    cosine = paired_cosine(grouped[1:], grouped[:-1])
-    cosine = cosine.masked_fill(place[order][1:] != place[order][:-1], NO_PARTNER)
-    return cosine.new_full(place.shape, NO_PARTNER).index_copy(0, order[1:], cosine)
+    dots, squares = [], []
+    for start in range(0, order.shape[0], _CHUNK):
+        rows = hidden.index_select(0, order[start : start + _CHUNK + 1]).float()  # the next chunk's first too
+        dots.append(paired_dot(rows[1:], rows[:-1]))
+        squares.append(paired_dot(rows[:_CHUNK], rows[:_CHUNK]))
+    square, grouped = torch.cat(squares), place[order]
+    value = cosine(torch.cat(dots), square[1:], square[:-1])
+    value = value.masked_fill(grouped[1:] != grouped[:-1], NO_PARTNER)
+    return value.new_full(place.shape, NO_PARTNER).index_copy(0, order[1:], value)
 
 
 def framefusion_merge(hidden: Tensor, place: Tensor, merges: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,8 +37,8 @@ question in the words of the probe.
 
 ## Accuracy
 
-On {questions:,} questions of the `test` split at 16 frames, unpatched, float32. Blank: the same with grey frames, to
-see that the text gives nothing away; below chance where the model then names something that was not asked for.
+On {questions:,} questions of the `test` split at 16 frames, unpatched, float32; an answer is one of the question's
+options. Blank: the same with grey frames, to see that the text gives nothing away.
 
 | family | accuracy, % | 95 % interval | blank, % | chance, % | questions |
 |---|---|---|---|---|---|

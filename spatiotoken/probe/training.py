@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from spatiotoken.answer import prepare_inputs
+from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.probe.dataset import clip_metadata
 from spatiotoken.probe.draws import Draws
 from spatiotoken.probe.models import PATCH, TEXT
@@ -30,6 +31,7 @@ from spatiotoken.probe.questions import DOT_BOX, LETTER_BOX, Question, all_quest
 from spatiotoken.probe.render import render
 from spatiotoken.probe.scenes import (
     COLOURS,
+    COUNTING,
     FAMILIES,
     LETTERS,
     MAX_OBJECTS,
@@ -46,6 +48,7 @@ _LABELS = len(COLOURS) + len(SHAPES) + _PAIRS + len(LETTERS) + len(COLOURS)
 _IGNORED = -100
 _POSITIVE_WEIGHT = 4.0  # most labels of most tokens are negative
 NAMING_SHARE = 0.1  # of the loss, beside the answers
+_POINTING_LAYER = 3  # what is asked about has been read by then
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Lesson:
     Attributes:
         batch: scenes of a step.
         places: easier questions beside those of a scene, about the places of single objects.
+        pointing: weight of the loss by which two heads of one decoder layer learn to look at what is asked about. With
+            1-D positions a model settles for reading all objects at once, and never finds one by its name.
     """
 
     steps: int
@@ -62,6 +67,7 @@ class Lesson:
     num_frames: int
     max_objects: int = MAX_OBJECTS
     places: int = 0
+    pointing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ class Batch(Glimpses):
         places: ``[B, L]`` position of a token within its question.
         targets: ``[B, L]`` id of the token to be predicted there, -100 where none is.
         families: ``[B, L]`` family of the question at the first token of an answer, -1 elsewhere and for places.
+        begins: ``[B, Q]`` where each question's answer begins, -1 for those of no row.
+        shown: bool ``[B, Q, 2, T, GRID, GRID]``: cells that the two heads which point should look at; none where all
+            False.
+        pointing: weight of their loss.
     """
 
     tokens: Tensor
@@ -98,6 +108,9 @@ class Batch(Glimpses):
     places: Tensor
     targets: Tensor
     families: Tensor
+    begins: Tensor
+    shown: Tensor
+    pointing: float
 
 
 def glimpses(seed: int, samples: Tensor, lesson: Lesson) -> Glimpses:
@@ -140,7 +153,19 @@ class Packer:
             torch.tensor([row[part] + [fill] * (length - len(row[part])) for row in rows])
             for part, fill in enumerate(fills)
         ]
-        return Batch(render(scenes), cell_labels(scenes), *columns)
+        most = max(len(questions) for questions in asked)
+        begins = torch.full((len(asked), most), -1)
+        shown = torch.zeros(len(asked), most, 2, lesson.num_frames, GRID, GRID, dtype=torch.bool)
+        covered = coverage(scenes.boxes(), (GRID, GRID))
+        for row, questions in enumerate(asked):
+            ends = [index for index, target in enumerate(rows[row][3]) if target != _IGNORED]
+            # Where an answer's first token is predicted: what comes before it in the row is not.
+            starts = [index for index in ends if index - 1 not in ends]
+            begins[row, : len(questions)] = torch.tensor(starts)
+            for number, question in enumerate(questions):
+                for head, (thing, first, stop) in enumerate(_pointers(question)):
+                    shown[row, number, head, first:stop] = covered[row, thing, first:stop]
+        return Batch(render(scenes), cell_labels(scenes), *columns, begins, shown, lesson.pointing)
 
     def _chosen(self, questions: Sequence[Question], sample: int) -> list[Question]:
         """Some of a scene's questions: the families take turns, beginning with the rare ones."""
@@ -173,6 +198,21 @@ class Packer:
         if text not in self._encoded:
             self._encoded[text] = self._tokenizer(text)["input_ids"]
         return self._encoded[text]
+
+
+def _pointers(question: Question) -> list[tuple[int, int, int]]:
+    """What two heads should look at: a thing and frames ``[start, end)`` each; nothing for questions about everything.
+
+    The two things that are compared, or one thing at the beginning and at the end.
+    """
+    if question.family == COUNTING:
+        return []
+    first, stop = question.frames
+    if len(question.things) == 2:
+        return [(thing, first, stop) for thing in question.things]
+    (thing,) = question.things
+    part = max(1, (stop - first) // 4)
+    return [(thing, first, first + part), (thing, stop - part, stop)]
 
 
 def _shuffled(questions: Sequence[Question], sample: int) -> list[Question]:
@@ -217,6 +257,8 @@ class Pupil(nn.Module):
             model.set_attn_implementation(_CPU_ATTENTION)
         self.names = nn.Linear(TEXT["hidden_size"], _LABELS)
         self.cells = nn.Linear(TEXT["hidden_size"], GRID * GRID)
+        self._adapter = find_adapter(model)
+        self._pointing: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._is_qwen = model.config.model_type.startswith("qwen")
         if self._is_qwen:
             for block in model.model.visual.blocks:
@@ -246,25 +288,47 @@ class Pupil(nn.Module):
         segments = functional.pad(batch.segments, (size, 0))
         prefix_columns = torch.arange(size + length, device=segments.device) < size
         seen = (segments[:, :, None] == segments[:, None, :]) | prefix_columns
+        hook = self.model.model.language_model.layers[_POINTING_LAYER].register_forward_pre_hook(
+            self._catch, with_kwargs=True
+        )
         output = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=seen.tril()[:, None],
             position_ids=torch.cat([shared, places], dim=-1),
             use_cache=False,
         )
+        hook.remove()
         asked = batch.targets != _IGNORED
         logits = self.model.lm_head(output.last_hidden_state[:, size:][asked])
         targets, families = batch.targets[asked], batch.families[asked]
         answering = functional.cross_entropy(logits.float(), targets)
         right = (logits.argmax(dim=-1) == targets)[families >= 0].float()
         which = functional.one_hot(families[families >= 0], len(FAMILIES)).float()
+        loss = answering + NAMING_SHARE * naming
+        if batch.pointing:
+            loss = loss + batch.pointing * self._pointing_loss(batch, size, begin, units)
         return {
-            "loss": answering + NAMING_SHARE * naming,
+            "loss": loss,
             "naming": naming.detach(),
             "answering": answering.detach(),
             "right": (right @ which).detach(),
             "asked": which.sum(dim=0).detach(),
         }
+
+    def _catch(self, layer: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        self._pointing = args[0] if args else arguments["hidden_states"], arguments["position_embeddings"]
+
+    def _pointing_loss(self, batch: Batch, size: int, begin: int, units: int) -> Tensor:
+        """How much the first two heads, asked at the beginning of an answer, look beside what is asked about."""
+        assert self._pointing is not None
+        hidden, position_embeddings = self._pointing
+        layer = self.model.model.language_model.layers[_POINTING_LAYER]
+        rows = size + batch.begins.clamp(min=0)
+        weights = self._adapter.attention_rows(layer, hidden, rows, position_embeddings, None, None)
+        video = weights[:, :2, :, begin : begin + units * GRID * GRID].transpose(1, 2)
+        shown = batch.shown.unflatten(3, (units, -1)).any(dim=4).flatten(3)
+        share = (video * shown).sum(dim=-1) / video.sum(dim=-1).clamp(min=1e-9)
+        return -share[shown.any(dim=-1)].clamp(min=1e-6).log().mean()
 
     def _naming_loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         logits = self.names(tokens).float()
@@ -438,9 +502,10 @@ COURSES = {
             Lesson(100, 16, 8, places=6),
             Lesson(300, 16, 16, places=2),
             Lesson(400, 16, 8, max_objects=2, places=8),
-            Lesson(900, 16, 8, places=4),
-            Lesson(500, 16, 16, places=2),
+            Lesson(700, 16, 8, places=4),
+            Lesson(400, 16, 8, places=6, pointing=0.3),
+            Lesson(250, 16, 16, places=2, pointing=0.3),
         ),
-        waves=((700, 1350), (450, 850), (650, 650), (1800, 1800)),
+        waves=((700, 1350), (450, 850), (650, 650), (1100, 1800), (650, 650)),
     ),
 }

@@ -11,10 +11,12 @@ from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
 from spatiotoken.tokens.budgets import even_quotas, first_picks, whole_share
-from spatiotoken.tokens.merging import question_direction
+from spatiotoken.tokens.merging import paired_dot, question_direction
 
 _KERNEL = 1 << 23
 """Kernel entries that are held at a time."""
+_FEW = 4
+"""Picks are few if they are less than one in so many of a frame's tokens."""
 _NOISE = 1e-5
 """Share of its own kernel entry below which a token's residual is rounding error: it depends on those picked."""
 
@@ -31,39 +33,52 @@ def cdpruner_relevance(similarity: Tensor) -> Tensor:
     return torch.where(high - low > 1e-6, stretched, 1.0)
 
 
-def cdpruner_order(unit: Tensor, relevance: Tensor, count: int) -> Tensor:
+def cdpruner_order(tokens: Tensor, weights: Tensor, count: int) -> Tensor:
     """``[T, count]`` distinct indices in the order in which the greedy search picks them, in each frame by itself.
 
-    Greedy MAP of a determinantal point process with kernel ``relevance_i * cos_ij * relevance_j``: the pick that
+    Greedy MAP of a determinantal point process with kernel ``weight_i * <token_i, token_j> * weight_j``: the pick that
     enlarges the determinant most, by an incremental Cholesky factorisation. Ties go to the lowest index. Once the
-    picks span the others, these follow by relevance (the authors then take roots of rounding errors).
+    picks span the others, these follow by weight and length (the authors then take roots of rounding errors).
+
+    The kernel's rows are computed pick by pick where only a few are needed, else all at once, ``N x N`` for a frame.
 
     Args:
-        unit: ``[T, N, D]`` float32 tokens of length 1 (or 0).
-        relevance: ``[T, N]``, not negative.
+        tokens: ``[T, N, D]`` float32.
+        weights: ``[T, N]``, not negative: the tokens' relevance, over their length where this is not 1.
     """
-    step = max(1, _KERNEL // unit.shape[1] ** 2)
-    parts = zip(unit.split(step), relevance.split(step), strict=True)
-    return torch.cat([_greedy_map(*part, count) for part in parts])
+    residual = weights.square() * paired_dot(tokens, tokens)
+    if count * _FEW > tokens.shape[1]:
+        step = max(1, _KERNEL // tokens.shape[1] ** 2)
+        parts = zip(tokens.split(step), weights.split(step), residual.split(step), strict=True)
+        return torch.cat([_greedy_map(*part, count) for part in parts])
+    return _greedy_map(tokens, weights, residual, count)
 
 
-def _greedy_map(unit: Tensor, relevance: Tensor, count: int) -> Tensor:
-    kernel = relevance[:, :, None] * (unit @ unit.transpose(1, 2)) * relevance[:, None]
-    residual = kernel.diagonal(dim1=1, dim2=2).clone()
+def _greedy_map(tokens: Tensor, weights: Tensor, residual: Tensor, count: int) -> Tensor:
+    places = tokens.shape[1]
+    products = (tokens @ tokens.mT).flatten(0, 1) if count * _FEW > places else None
+    start = places * torch.arange(tokens.shape[0], device=tokens.device)
     floor = _NOISE * residual
-    factors = kernel.new_empty(kernel.shape[0], count, kernel.shape[2])
+    factors = tokens.new_zeros(*weights.shape, count)
+    never = residual.new_full((tokens.shape[0],), -torch.inf)
     picks: list[Tensor] = []
     for done in range(count):
-        pick = residual.argmax(dim=1, keepdim=True)
-        past, at = factors[:, :done], pick[:, :, None]
-        row = kernel.gather(1, at.expand(-1, -1, kernel.shape[2]))
-        row = row - past.gather(2, at.expand(-1, done, -1)).transpose(1, 2) @ past
-        factors[:, done] = row[:, 0] / residual.gather(1, pick).clamp(min=1e-30).sqrt()
-        residual = torch.maximum(residual - factors[:, done].square(), floor)
-        residual.scatter_(1, pick, -torch.inf)
-        floor.scatter_(1, pick, -torch.inf)
+        pick = residual.argmax(dim=1)
+        at = start + pick
+        row = products.index_select(0, at) if products is not None else _times(tokens, at)
+        row = row * weights * weights.take(at)[:, None] - _times(factors, at)
+        factors[..., done] = row / residual.take(at).clamp(min=1e-30).sqrt()[:, None]
+        residual = torch.maximum(residual - factors[..., done].square(), floor)
+        residual.put_(at, never)
+        floor.put_(at, never)
         picks.append(pick)
-    return torch.cat(picks, dim=1)
+    return torch.stack(picks, dim=1)
+
+
+def _times(rows: Tensor, at: Tensor) -> Tensor:
+    """``[T, N]`` products of ``rows [T, N, C]`` with one row of each group, the rows ``at [T]`` of all."""
+    # Transposed, a column is what MKL expects: with its last axis added it takes ten times as long.
+    return (rows @ rows.flatten(0, 1).index_select(0, at)[:, None].mT)[..., 0]
 
 
 class CDPruner(TokenReducer, method="cdpruner", paper="2506.10967"):
@@ -91,8 +106,9 @@ class CDPruner(TokenReducer, method="cdpruner", paper="2506.10967"):
         count, places = cdpruner_count(video.num_tokens, self.retention), video.tokens_per_frame
         if count == video.num_tokens:
             return ReducedTokens.everything(video)
-        unit = torch.nn.functional.normalize(video.frames.float(), dim=-1)
-        relevance = cdpruner_relevance(unit @ question_direction(video.needed("question")))
+        frames = video.frames.float()
+        lengths = torch.linalg.vector_norm(frames, dim=-1).clamp(min=1e-12)
+        relevance = cdpruner_relevance(frames @ question_direction(video.needed("question")) / lengths)
         quotas = even_quotas(count, relevance.mean(dim=1), places)
-        order = cdpruner_order(unit, relevance, -(-count // video.grid[0]))
+        order = cdpruner_order(frames, relevance / lengths, -(-count // video.grid[0]))
         return ReducedTokens.pruned(video, first_picks(order, quotas, places, count))

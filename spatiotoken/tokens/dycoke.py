@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.merging import paired_cosine, top_indices
+from spatiotoken.tokens.merging import cosine, paired_dot, top_indices
 
 
 def dycoke_places(tokens_per_frame: int, merging_ratio: float) -> int:
@@ -42,15 +42,15 @@ def dycoke_selection(frames: Tensor, merging_ratio: float, reference: bool = Fal
     """
     num_frames, places = frames.shape[:2]
     index = torch.arange(num_frames * places, device=frames.device).view(num_frames, places)
-    pairs, thirds = num_frames // 2, dycoke_thirds(num_frames, reference)
-    similarity = torch.cat(
-        [
-            paired_cosine(frames[1::2], frames[: 2 * pairs : 2]),
-            paired_cosine(frames[2::4][:thirds], frames[::4][:thirds]),
-        ]
-    )
+    thirds = dycoke_thirds(num_frames, reference)
+    later = [*range(1, num_frames, 2), *range(2, num_frames, 4)[:thirds]]
+    earlier = [frame - 2 + frame % 2 for frame in later]
+    squares = paired_dot(frames, frames)
+    # Frame by frame: every other frame at once would be copied to one block of memory first.
+    dots = [paired_dot(frames[one], frames[other]) for one, other in zip(later, earlier, strict=True)]
+    similarity = cosine(torch.stack(dots) if dots else squares[:0], squares[later], squares[earlier])
     different = top_indices(similarity, dycoke_places(places, merging_ratio), largest=False)
-    cut = torch.cat([index[1::2], index[2::4][:thirds]]).gather(1, different)
+    cut = index[later].gather(1, different)
     return torch.cat([part.flatten() for part in (index[::4], index[2::4][thirds:], cut)]).sort().values
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.merging import previous_cosine
+from spatiotoken.tokens.merging import previous_cosine, top_mask, true_indices
 
 
 def evs_count(grid: tuple[int, int, int], retention: float) -> int:
@@ -27,9 +27,7 @@ def evs_mask(embeddings: Tensor, grid: tuple[int, int, int], count: int) -> Tens
     frames, places = embeddings.view(grid[0], -1, embeddings.shape[-1]).float(), grid[1] * grid[2]
     change = 1 - previous_cosine(frames)
     score = torch.cat([change.new_full((places,), torch.inf), change.flatten()])
-    mask = torch.zeros(score.shape[0], dtype=torch.bool, device=score.device)
-    mask[score.argsort(descending=True, stable=True)[:count]] = True
-    return mask
+    return top_mask(score, count)
 
 
 class EVS(TokenReducer, method="evs", paper="2510.14624"):
@@ -48,7 +46,4 @@ class EVS(TokenReducer, method="evs", paper="2510.14624"):
 
     def reduce(self, video: VideoFeatures) -> ReducedTokens:
         count = evs_count(video.grid, self.retention)
-        mask = evs_mask(video.embeddings, video.grid, count)
-        # argsort instead of nonzero: the number of survivors is known, so the host need not wait for it.
-        source = mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-        return ReducedTokens.pruned(video, source)
+        return ReducedTokens.pruned(video, true_indices(evs_mask(video.embeddings, video.grid, count), count))

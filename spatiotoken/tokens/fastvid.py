@@ -11,9 +11,12 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
-from spatiotoken.tokens.density_peaks import density_peak_scores, scaled_distances
-from spatiotoken.tokens.merging import mean_by_assignment, nearest, top_indices
+from spatiotoken.tokens.density_peaks import density_peak_centres, density_peak_scores, scaled_distances
+from spatiotoken.tokens.merging import mean_by_assignment, top_indices
 from spatiotoken.tokens.segments import frame_similarities, segment_bounds, segment_frames
+
+_CHUNK = 8
+"""Frames whose ``N x N`` distances are held at once."""
 
 
 def fastvid_count(grid: tuple[int, int, int], retention: float) -> int:
@@ -45,16 +48,31 @@ def anchor_counts(segments: Tensor, budget: int, free: int, stride: int) -> Tens
     return torch.where(to_end % step == 0, count, 0)
 
 
-def merge_into_anchors(members: Tensor, anchors: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def by_density(values: Tensor, rows: Tensor, neighbours: int) -> Tensor:
+    """The indices in each row of ``rows [A, n]`` of tokens ``values [N, D]``, highest density-peak score first."""
+    members = [values.index_select(0, part.flatten()).unflatten(0, part.shape) for part in rows.split(_CHUNK)]
+    scores = torch.cat([density_peak_scores(scaled_distances(part), neighbours) for part in members])
+    return rows.gather(1, density_peak_centres(scores, rows.shape[1]))
+
+
+def merge_into_anchors(
+    members: Tensor, anchors: Tensor, weight: float, free: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each of ``members [n, D]`` goes to the anchor ``[m, D]`` of the highest cosine, the anchors among them.
+
+    Args:
+        weight: least share of an anchor that is itself.
+        free: ``[n]`` bool, the members that are merged; None for all.
 
     Returns:
         ``[m, D]`` anchors, of which at least ``weight`` is left and the rest is the mean of their members;
         ``[n]`` the anchor of each member; ``[n]`` the weight that it has there.
     """
-    goal = nearest(members, anchors)
-    mean = mean_by_assignment(members, goal, anchors.shape[0])
-    count = members.new_zeros(anchors.shape[0]).index_add_(0, goal, members.new_ones(goal.shape[0]))
+    # The small matrix first and no transposed result: many times faster for the few anchors that there are.
+    goal = (torch.nn.functional.normalize(anchors, dim=-1) @ members.T).T.contiguous().argmax(dim=1)
+    merged = goal if free is None else torch.where(free, goal, -1)
+    mean = mean_by_assignment(members, merged, anchors.shape[0])
+    count = (merged == torch.arange(anchors.shape[0], device=goal.device)[:, None]).sum(dim=1)
     own = (1 / (count + 1)).clamp(min=weight)  # 1 for an anchor with a twin before it, which gets no members
     return own[:, None] * anchors + (1 - own)[:, None] * mean, goal, ((1 - own) / count.clamp(min=1))[goal]
 
@@ -96,44 +114,38 @@ class FastVID(SaliencyReducer, method="fastvid", paper="2503.11187"):
         if salient + budget == places:
             return ReducedTokens.everything(video)
         if salient + budget == 0:
-            return ReducedTokens.pruned(
-                video, top_indices(saliency.flatten(), fastvid_count(video.grid, self.retention))
-            )
+            count = fastvid_count(video.grid, self.retention)
+            return ReducedTokens.pruned(video, top_indices(saliency.flatten(), count))
         chosen = top_indices(saliency, salient)
         token = torch.arange(video.num_tokens, device=saliency.device).view(frames, places)
         kept = token.gather(1, chosen).flatten()
         if budget == 0:
             return ReducedTokens.pruned(video, kept)
-        free = places - salient
-        rest = token.gather(1, top_indices(torch.ones_like(saliency).scatter(1, chosen, 0), free)).flatten()
-        members = video.embeddings[rest].float()
-        segments = segment_frames(
-            frame_similarities(video.needed("frame_features")), self.segments, self.segment_threshold
-        )
-        counts = anchor_counts(segments, budget, free, self.stride)
-
-        anchors, values = [], []
-        owner, best = torch.full_like(rest, -1), members.new_zeros(rest.shape[0])
+        free = torch.ones_like(token, dtype=torch.bool).scatter_(1, chosen, False)
+        rest = token.gather(1, top_indices(free.to(torch.uint8), places - salient))
+        likeness = frame_similarities(video.needed("frame_features"))
+        segments = segment_frames(likeness, self.segments, self.segment_threshold)
+        counts = anchor_counts(segments, budget, places - salient, self.stride)
         plan = torch.stack([counts, *segment_bounds(segments)], dim=1).tolist()
-        for frame, (count, first, stop) in enumerate(plan):
-            if not count:
-                continue
-            distances = scaled_distances(members[frame * free : (frame + 1) * free])
-            anchor = top_indices(density_peak_scores(distances, self.neighbours), count) + frame * free
-            part = slice(first * free, stop * free)
-            value, goal, share = merge_into_anchors(members[part], members[anchor], self.anchor_weight)
-            owner[part] = torch.where(share > best[part], rest[anchor][goal], owner[part])
+        holders = [frame for frame in range(frames) if plan[frame][0]]
+        values, free = video.embeddings.float(), free.flatten()
+        ranked = by_density(values, rest[holders], self.neighbours)
+
+        anchors, merged = [], []
+        owner, best = torch.full_like(token.flatten(), -1), torch.zeros_like(free, dtype=torch.float32)
+        for frame, order in zip(holders, ranked, strict=True):
+            count, first, stop = plan[frame]
+            part, anchor = slice(first * places, stop * places), order[:count].sort().values
+            value, goal, share = merge_into_anchors(values[part], values[anchor], self.anchor_weight, free[part])
+            owner[part] = torch.where(share > best[part], anchor[goal], owner[part])
             best[part] = torch.maximum(share, best[part])
-            anchors.append(rest[anchor])
-            values.append(value)
+            anchors.append(anchor)
+            merged.append(value)
 
         source = torch.cat([kept, *anchors]).sort().values
-        index = torch.arange(source.shape[0], device=source.device)
+        index = token.flatten()[: source.shape[0]]
         survivor = source.new_full((video.num_tokens + 1,), -1)  # the last is what owner -1 finds
         survivor[source] = index
-        embeddings = video.embeddings[source]
-        embeddings[survivor[torch.cat(anchors)]] = torch.cat(values).to(embeddings.dtype)
-        assignment = torch.empty_like(survivor[:-1])
-        assignment[rest] = survivor[owner]
-        assignment[source] = index
-        return ReducedTokens(embeddings, source, assignment)
+        embeddings = video.embeddings.index_select(0, source)
+        embeddings[survivor[torch.cat(anchors)]] = torch.cat(merged).to(embeddings.dtype)
+        return ReducedTokens(embeddings, source, survivor[owner].index_copy(0, source, index))

@@ -12,8 +12,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
-from spatiotoken.tokens.budgets import apportion, first_picks, group_sums, top_of_groups, whole_share
-from spatiotoken.tokens.merging import top_indices
+from spatiotoken.tokens.budgets import apportion, group_sums, leading, top_of_groups, whole_share
+from spatiotoken.tokens.merging import top_indices, true_indices
 from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
 
 
@@ -86,7 +86,8 @@ class GlobalCom2(SaliencyReducer, method="globalcom2", paper="2501.05179"):
         sums, sizes = saliency.double().sum(dim=1), torch.full((frames,), places, device=saliency.device)
         weights = globalcom2_scales(sums, sizes, self.retention, self.temperature)
         order = saliency.argsort(dim=1, descending=True, stable=True)
-        return ReducedTokens.pruned(video, first_picks(order, apportion(count, weights, places), places, count))
+        kept = leading(order, apportion(count, weights, places))
+        return ReducedTokens.pruned(video, true_indices(kept.flatten(), count))
 
     def reduce_views(self, views: Sequence[VideoFeatures]) -> list[ReducedTokens]:
         if len(views) != 2 or self.retention == 1:

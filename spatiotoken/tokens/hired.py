@@ -12,8 +12,8 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
-from spatiotoken.tokens.budgets import apportion, first_picks, top_of_groups, whole_share
-from spatiotoken.tokens.merging import top_indices
+from spatiotoken.tokens.budgets import apportion, leading, top_of_groups, whole_share
+from spatiotoken.tokens.merging import top_indices, top_mask, true_indices
 from spatiotoken.tokens.views import tile_of_joined, tile_of_whole
 
 
@@ -29,11 +29,14 @@ def hired_budgets(whole: int, joined: int, retention: float, alpha: float) -> tu
     return first, max(1, min(total - first, joined))
 
 
+def hired_seen(saliency: Tensor, alpha: float) -> Tensor:
+    """``[N]`` bool, True at the ``int((1 - alpha) * N)`` most salient tokens."""
+    return top_mask(saliency, max(1, int(saliency.shape[0] * (1 - alpha))))
+
+
 def hired_hits(saliency: Tensor, group: Tensor, groups: int, alpha: float) -> Tensor:
     """``[groups]`` float32: how many of the ``int((1 - alpha) * N)`` most salient tokens ``[N]`` are in each group."""
-    seen = max(1, int(saliency.shape[0] * (1 - alpha)))
-    top = saliency.argsort(descending=True, stable=True)[:seen]
-    return saliency.new_zeros(groups).index_add_(0, group[top], saliency.new_ones(seen))
+    return saliency.new_zeros(groups).index_add_(0, group, hired_seen(saliency, alpha).to(saliency.dtype))
 
 
 def hired_quotas(hits: Tensor, sizes: Tensor, budget: int) -> Tensor:
@@ -78,10 +81,10 @@ class HiRED(SaliencyReducer, method="hired", paper="2408.10945"):
         if count == video.num_tokens:
             return ReducedTokens.everything(video)
         late = video.needed("saliency")[-1]
-        frame = torch.arange(video.num_tokens, device=late.device) // video.tokens_per_frame
-        quotas = apportion(count, hired_hits(late, frame, frames, self.alpha), video.tokens_per_frame)
+        hits = hired_seen(late, self.alpha).unflatten(0, (frames, -1)).sum(dim=1)
+        quotas = apportion(count, hits, video.tokens_per_frame)
         order = late.unflatten(0, (frames, -1)).argsort(dim=1, descending=True, stable=True)
-        return ReducedTokens.pruned(video, first_picks(order, quotas, video.tokens_per_frame, count))
+        return ReducedTokens.pruned(video, true_indices(leading(order, quotas).flatten(), count))
 
     def reduce_views(self, views: Sequence[VideoFeatures]) -> list[ReducedTokens]:
         if len(views) != 2 or self.retention == 1:

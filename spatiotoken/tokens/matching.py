@@ -62,7 +62,5 @@ def merge_matched(values: Tensor, sizes: Tensor | None, places: Tensor, count: i
     order = rows.argsort(stable=True)
     first = torch.searchsorted(rows[order], torch.arange(batch * count, device=rows.device))
     weights = None if sizes is None else sizes.flatten()[order]
-    sums = torch.nn.functional.embedding_bag(
-        order, values.flatten(0, 1), first, mode="sum", per_sample_weights=weights
-    )
+    sums = torch.nn.functional.embedding_bag(order, values.flatten(0, 1), first, mode="sum", per_sample_weights=weights)
     return sums.div_(total[:, None]).unflatten(0, (batch, count)), total.view(batch, count)

@@ -17,7 +17,7 @@ def mean_by_assignment(values: Tensor, assignment: Tensor, count: int) -> Tensor
     total = values.new_zeros(count + 1, values.shape[1], dtype=torch.float32)
     total.index_add_(0, bucket, values.float())
     members = total.new_zeros(count + 1).index_add_(0, bucket, total.new_ones(bucket.shape[0]))
-    return (total / members.clamp(min=1)[:, None])[:count].to(values.dtype)
+    return total[:count].div_(members[:count, None].clamp(min=1)).to(values.dtype)
 
 
 def top_mask(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:

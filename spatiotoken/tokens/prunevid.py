@@ -55,7 +55,11 @@ def scene_lengths(labels: list[int]) -> list[int]:
 def static_places(scene: Tensor, similarity: float) -> Tensor:
     """``[N]`` bool: places of ``scene [W, N, D]`` whose tokens' mean pairwise cosine is above ``similarity``."""
     count = scene.shape[0]
-    total = torch.nn.functional.normalize(scene.float(), dim=-1).sum(dim=0).square().sum(dim=-1)
+    length = torch.linalg.vector_norm(scene, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    direction = scene.new_zeros(scene.shape[1:], dtype=torch.float32)
+    for frame, inverse in zip(scene, 1 / length, strict=True):  # no copy of the scene
+        direction.addcmul_(frame, inverse[:, None])
+    total = direction.square().sum(dim=-1)
     # Rounding may not push a cosine above 1, and in a scene of one frame nothing is static.
     return ((total - count) / max(1, count * (count - 1))).clamp(max=1) > similarity
 
@@ -112,10 +116,10 @@ class PruneVid(TokenReducer, method="prunevid", paper="2412.16117"):
             span = slice(start, start + scene.shape[0])
             start += scene.shape[0]
             if still:
-                peaks = self._peaks(scene[:, places[:still]].float().mean(dim=0, keepdim=True))
+                peaks = self._peaks(scene.index_select(1, places[:still]).float().mean(dim=0, keepdim=True))
                 owner[span, places[:still]] = index[span.start, places[peaks]]
             if still < places.shape[0]:
-                peaks = self._peaks(scene[:, places[still:]])
+                peaks = self._peaks(scene.index_select(1, places[still:]))
                 owner[span, places[still:]] = index[span].gather(1, places[still:][peaks])
         kept = owner == index
         source = index[kept]

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spatiotoken.tokens.density_peaks import (
-    assign_to_centres,
-    density_peak_centres,
-    density_peak_scores,
-    scaled_distances,
-)
+from spatiotoken.tokens.density_peaks import density_peak_scores, scaled_distances
 
 _BLOCK = 2**23
 """Similarities of tokens that are held at once, unless those of two frames are more."""
+_FRAMES = 8
+"""Frames whose trees are clustered together."""
+_FAR = 1e18
+"""Distance of what is not there; its density is 0."""
 
 
 def frame_similarities(features: Tensor) -> Tensor:
@@ -41,25 +40,36 @@ def segment_bounds(segments: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(segments, segments), torch.searchsorted(segments, segments, right=True)
 
 
-def tree_links(unit: Tensor, segments: Tensor, threshold: float, least: int) -> Tensor:
+def tree_links(
+    tokens: Tensor, segments: Tensor, threshold: float, least: int, chosen: Tensor | None = None
+) -> Tensor:
     """``[T, F]`` place of the most similar token in the previous frame of the segment, -1 for the root of a tree.
 
     A link needs a cosine above ``threshold``. Where that would leave fewer than ``least`` roots per frame of a
     segment, the threshold rises there until it leaves more.
 
     Args:
-        unit: ``[T, F, D]`` tokens of unit length.
+        tokens: ``[T, N, D]`` float32; their lengths do not matter.
         least: less than ``F``.
+        chosen: ``[T, F]`` the tokens of each frame that take part, by which links count places; None for all.
     """
-    frames, places = unit.shape[:2]
-    size = max(1, _BLOCK // places**2)
-    pairs = zip(unit[1:].split(size), unit[:-1].split(size), strict=True)
-    found = [(part @ before.mT).max(dim=2) for part, before in pairs] if frames > 1 else []
-    similarity = torch.cat([unit.new_full((1, places), -torch.inf), *(best.values for best in found)])
-    place = torch.cat([segments.new_zeros(1, places), *(best.indices for best in found)])
+    frames, places = tokens.shape[:2] if chosen is None else chosen.shape
+    similarity = tokens.new_full((frames, places), -torch.inf)
+    place = torch.zeros_like(similarity, dtype=torch.int64)
+    step, start = max(1, _BLOCK // places**2), 0
+    for length in segments.unique_consecutive(return_counts=True)[1].tolist():
+        for begin in range(start, start + length - 1, step):
+            end = min(begin + step, start + length - 1)
+            part = tokens[begin : end + 1]
+            if chosen is not None:
+                offset = tokens.shape[1] * torch.arange(end + 1 - begin, device=tokens.device)[:, None]
+                rows = (chosen[begin : end + 1] + offset).flatten()
+                part = part.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, places))
+            inverse = torch.linalg.vector_norm(part, dim=2).clamp(min=1e-12).reciprocal()
+            best = (part[1:] @ part[:-1].mT).mul_(inverse[:-1, None]).max(dim=2)
+            similarity[begin + 1 : end + 1], place[begin + 1 : end + 1] = best.values * inverse[1:], best.indices
+        start += length
     first, stop = segment_bounds(segments)
-    starts = first == torch.arange(frames, device=first.device)
-    similarity = similarity.masked_fill(starts[:, None], -torch.inf)
 
     # The similarity that one link too many has, per segment: sort all by it, then, stably, by segment.
     most = (stop - first) * (places - least)
@@ -91,15 +101,24 @@ def cluster_trees(trees: Tensor, sizes: Sequence[int], counts: Sequence[int], ne
     Returns:
         ``[R]`` cluster of each tree; ``[sum(counts)]`` the tree at each cluster's centre (the first of a lone cluster).
     """
-    clusters, centres, begun, done = [], [], 0, 0
-    for values, count in zip(trees.split(list(sizes)), counts, strict=True):
-        if count == values.shape[0]:
-            centre = cluster = torch.arange(count, device=trees.device)
-        else:
-            distances = scaled_distances(values)
-            centre = density_peak_centres(density_peak_scores(distances, min(count, neighbours)), count)
-            cluster = assign_to_centres(distances, centre)
-        clusters.append(cluster + done)
-        centres.append(centre + begun)
-        begun, done = begun + values.shape[0], done + count
-    return torch.cat(clusters), torch.cat(centres)
+    size, count = torch.tensor([sizes, counts], device=trees.device)
+    begun, done = size.cumsum(0) - size, count.cumsum(0) - count
+    # The last of each takes what is written of places that are not there.
+    clusters, centres = size.new_empty(trees.shape[0] + 1), size.new_empty(sum(counts) + 1)
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    for start in range(0, len(order), _FRAMES):
+        frames = order[start : start + _FRAMES]
+        place = torch.arange(sizes[frames[-1]], device=trees.device)
+        real = place < size[frames, None]
+        index = torch.where(real, begun[frames, None] + place, trees.shape[0])
+        values = trees.index_select(0, index.clamp(max=trees.shape[0] - 1).flatten()).unflatten(0, index.shape)
+        distances = scaled_distances(values).masked_fill_(~(real[:, None] & real[:, :, None]), _FAR)
+        ranked = density_peak_scores(distances, count[frames].clamp(max=neighbours)).argsort(descending=True, stable=True)
+        # Centres first, then the nearest of them.
+        distances = distances.gather(2, ranked[:, None].expand_as(distances))
+        centre = place < count[frames, None]
+        cluster = distances.masked_fill_(~centre[:, None], torch.inf).argmin(dim=2)
+        cluster.scatter_(1, ranked, torch.where(centre, place, cluster.gather(1, ranked)))
+        clusters[index] = done[frames, None] + cluster
+        centres[torch.where(centre, done[frames, None] + place, -1)] = begun[frames, None] + ranked
+    return clusters[:-1], centres[:-1]

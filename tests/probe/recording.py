@@ -17,7 +17,7 @@ from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.registry import METHODS
 
 PATH = Path(__file__).with_name("recorded.json")
-ANSWERS, QUESTIONS = 200, 140
+ANSWERS, QUESTIONS = 200, 42
 # Presets are made for longer videos: at 16 small frames these would reduce nothing.
 SETTINGS: dict[str, dict[str, Any]] = {
     "kmeans": {"frames.num_frames": 4},

@@ -45,7 +45,7 @@ from spatiotoken.tokens.visionzip import visionzip_count
 from spatiotoken.tokens.vqtoken_free import vqtoken_free_count
 from spatiotoken.tokens.vtc_cls import vtc_cls_count
 from tests.cases import KEEP_ALL, REDUCED
-from tests.drawing import Grid, Scene, drawn, grids, instances, scenes
+from tests.drawing import Grid, Scene, drawn, grids, instances, known_settings, scenes
 
 ALL: dict[str, type[TokenReducer]] = dict(sorted(METHODS["tokens"].items().items()))  # type: ignore[arg-type]
 SHARING = [name for name, method in ALL.items() if method.reduce_views is not TokenReducer.reduce_views]
@@ -174,7 +174,7 @@ def check_within(merged: Tensor, tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
-@drawn(50)
+@drawn(100)
 def test_contract(name: str, data: DataObject) -> None:
     method: Any = data.draw(instances(ALL[name]), label="method")
     video = data.draw(videos(method), label="video")
@@ -195,7 +195,7 @@ def test_contract(name: str, data: DataObject) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
-@drawn(15)
+@drawn(20)
 def test_keep_all(name: str, data: DataObject) -> None:
     """Bit by bit, whatever the other settings are."""
     method: Any = data.draw(instances(ALL[name], **KEEP_ALL["tokens", name]), label="method")
@@ -250,22 +250,27 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("frames", [64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ALL)
 def test_memory_is_not_quadratic(name: str, frames: int) -> None:
-    """8 KiB per token: a sixth of what all pairs of tokens of 64 frames take, a twenty-fourth of those of 256."""
-    method, grid = ALL[name](**REDUCED["tokens", name]), (frames, 14, 14)
-    scene, rows = Scene("drifting", 0.0, 1.0, torch.float32, 0), len(ALL[name]().saliency_layers(24))
-    video = VideoFeatures(
-        scene.tokens(grid, 16),
-        grid,
-        saliency=saliency("soft", rows, grid, 0),
-        hidden=scene.tokens(grid, 16, 10),
-        keys=scene.tokens(grid, 16, 20),
-        frame_features=scene.rows(frames, 16, 30),
-        question=scene.rows(5, 16, 40),
-    )
-    with Watch() as watch:
-        reduced = method.reduce(video)
-    assert reduced.source.shape[0] < video.num_tokens
-    assert watch.largest <= 8 * 1024 * video.num_tokens
+    """8 KiB per token: a sixth of what all pairs of tokens of 64 frames take, a twenty-fourth of those of 256.
+
+    Most reach 64 bytes per token, which is a copy of it. VQToken's blocks of 64 MiB are the most for 64 frames; those
+    of DivPrune, 4 KiB per token, for 256.
+    """
+    grid, scene = (frames, 14, 14), Scene("drifting", 0.0, 1.0, torch.float32, 0)
+    for settings in known_settings(ALL[name]):
+        method = ALL[name](**settings)
+        video = VideoFeatures(
+            scene.tokens(grid, 16),
+            grid,
+            saliency=saliency("soft", len(method.saliency_layers(24)), grid, 0),
+            hidden=scene.tokens(grid, 16, 10),
+            keys=scene.tokens(grid, 16, 20),
+            frame_features=scene.rows(frames, 16, 30),
+            question=scene.rows(5, 16, 40),
+        )
+        with Watch() as watch:
+            reduced = method.reduce(video)
+        assert 1 <= reduced.source.shape[0] < video.num_tokens
+        assert watch.largest <= 8 * 1024 * video.num_tokens
 
 
 class Sighted:
