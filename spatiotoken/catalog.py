@@ -104,7 +104,8 @@ before the projector (hidden), its keys, its summary of each frame, or the embed
 its preset reduces images too; any config does with `images: true`, though methods about time leave a still picture as
 it is. *Cost*: T frames, N tokens a frame, D channels. *Compared with*: "authors' vectors" are what the authors' own
 code returned on made inputs (`tests/golden`; those whose licence keeps them out of the repository are used where they
-are at hand); "in part" where released code is defective or runs where this stage does not, as the class says; "paper
+are at hand); "in part" where released code is defective or runs where this stage does not, as
+[fidelity.md](fidelity.md) lists; "paper
 only" where there was no code to compare with."""
 
 

@@ -10,7 +10,7 @@ from spatiotoken.tokens.merging import cosine, mean_by_assignment, paired_dot
 NO_PARTNER = -2.0
 """Similarity of a token that has none at its place before it: below every cosine."""
 _CHUNK = 512
-"""Tokens that are brought together at a time: few enough to stay in a cache."""
+"""Tokens that are brought together at a time: few enough to stay in a CPU's cache; on a GPU 16 times as many."""
 
 
 def framefusion_similarity(hidden: Tensor, place: Tensor) -> Tensor:
@@ -21,11 +21,12 @@ def framefusion_similarity(hidden: Tensor, place: Tensor) -> Tensor:
         place: ``[n]`` int64, each token's place in its frame.
     """
     order = place.argsort(stable=True)
+    chunk = _CHUNK if hidden.device.type == "cpu" else 16 * _CHUNK
     dots, squares = [], []
-    for start in range(0, order.shape[0], _CHUNK):
-        rows = hidden.index_select(0, order[start : start + _CHUNK + 1]).float()  # the next chunk's first too
+    for start in range(0, order.shape[0], chunk):
+        rows = hidden.index_select(0, order[start : start + chunk + 1]).float()  # the next chunk's first too
         dots.append(paired_dot(rows[1:], rows[:-1]))
-        squares.append(paired_dot(rows[:_CHUNK], rows[:_CHUNK]))
+        squares.append(paired_dot(rows[:chunk], rows[:chunk]))
     square, grouped = torch.cat(squares), place[order]
     value = cosine(torch.cat(dots), square[1:], square[:-1])
     value = value.masked_fill(grouped[1:] != grouped[:-1], NO_PARTNER)

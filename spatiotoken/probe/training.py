@@ -504,8 +504,8 @@ COURSES = {
             Lesson(400, 16, 8, max_objects=2, places=8),
             Lesson(700, 16, 8, places=4),
             Lesson(400, 16, 8, places=6, pointing=0.3),
-            Lesson(250, 16, 16, places=2, pointing=0.3),
+            Lesson(150, 16, 16, places=2, pointing=0.3),
         ),
-        waves=((700, 1350), (450, 850), (650, 650), (1100, 1800), (650, 650)),
+        waves=((700, 1350), (450, 850), (650, 650), (1100, 1800), (550, 650)),
     ),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spatiotoken.tokens.merging import top_mask
+
 
 def whole_share(num_tokens: int, retention: float) -> int:
     """The truncated share of ``num_tokens``, at least one token."""
@@ -18,8 +20,7 @@ def apportion(budget: int, weights: Tensor, capacity: int) -> Tensor:
     the first. What a full one cannot take, the others get.
     """
     claims = weights.double()[:, None] / (torch.arange(capacity, device=weights.device) + 0.5)
-    served = claims.flatten().argsort(descending=True, stable=True)[:budget] // capacity
-    return torch.zeros_like(weights, dtype=torch.int64).index_add_(0, served, torch.ones_like(served))
+    return top_mask(claims.flatten(), budget).unflatten(0, claims.shape).sum(dim=1)
 
 
 def even_quotas(budget: int, scores: Tensor, capacity: int) -> Tensor:

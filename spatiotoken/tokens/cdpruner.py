@@ -15,7 +15,7 @@ from spatiotoken.tokens.merging import paired_dot, question_direction
 
 _KERNEL = 1 << 23
 """Kernel entries that are held at a time."""
-_FEW = 4
+_FEW = 8
 """Picks are few if they are less than one in so many of a frame's tokens."""
 _NOISE = 1e-5
 """Share of its own kernel entry below which a token's residual is rounding error: it depends on those picked."""

@@ -10,9 +10,12 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.todre import farthest_first
 
-_CHUNK = 1024
-"""Rows of the first pass that are compared with all tokens at once; bounds its memory to ``_CHUNK * N``."""
+_SAMPLE, _FEWEST, _MOST = 128, 64, 1024
+"""Tokens that are compared with all others at first, and at a time after that; no matter for the result."""
+_MARGIN = 1e-6
+"""Two cosines may differ by less because of rounding alone."""
 
 
 def divprune_count(num_tokens: int, retention: float) -> int:
@@ -24,31 +27,32 @@ def divprune_order(embeddings: Tensor, count: int) -> Tensor:
     """``[count]`` distinct indices in the order in which the greedy search picks them.
 
     The first is the token farthest from its nearest neighbour, each next one the token farthest from all picked so
-    far, by cosine distance. Ties go to the lowest index. One row of distances is computed per pick, so memory is
-    ``O(N)`` where the authors hold ``N x N``.
+    far, by cosine distance. Ties go to the lowest index, as far as rounding lets them tie. Memory is ``O(N)`` where the
+    authors hold ``N x N``.
     """
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-    # Picks stay tensors of one element: indexing with a bare one would make the host wait for the device each time.
-    picks = [_nearest_neighbour_distance(unit).argmax(0, keepdim=True)]
-    to_picked = unit.new_full((unit.shape[0],), torch.inf)
-    while len(picks) < count:
-        to_picked = torch.minimum(to_picked, 1 - unit @ unit.index_select(0, picks[-1])[0])
-        # Below every real distance: duplicates at distance 0 must not make a token be picked twice.
-        to_picked.index_fill_(0, picks[-1], -torch.inf)
-        picks.append(to_picked.argmax(0, keepdim=True))
-    return torch.cat(picks)
+    return farthest_first(unit, loneliest(unit), count)
 
 
-def _nearest_neighbour_distance(unit: Tensor) -> Tensor:
-    """``[N]`` cosine distance of each unit row to its nearest other row (0 for a lone row)."""
-    if unit.shape[0] == 1:
-        return unit.new_zeros(1)
-    nearest = []
-    for start in range(0, unit.shape[0], _CHUNK):
-        similarity = unit[start : start + _CHUNK] @ unit.T
-        similarity.diagonal(offset=start).fill_(-torch.inf)
-        nearest.append(1 - similarity.amax(dim=1))
-    return torch.cat(nearest)
+def loneliest(unit: Tensor) -> Tensor:
+    """``[1]`` index of the row of ``unit [N, D]`` whose nearest other row is the farthest.
+
+    What some rows are compared with has a neighbour at least as near as they are, so most rows are soon out of the
+    question: they have a nearer one than the best of those that were compared with all. The host waits for the device
+    once per block of rows.
+    """
+    nearest = unit.new_full(unit.shape[:1], -torch.inf)  # a bound for those not in ``done``
+    done = torch.zeros_like(nearest, dtype=torch.bool)
+    rows = torch.arange(0, unit.shape[0], -(-unit.shape[0] // _SAMPLE), device=unit.device)
+    block = _FEWEST
+    while rows.shape[0]:
+        likeness = (unit.index_select(0, rows) @ unit.T).scatter_(1, rows[:, None], -torch.inf)
+        nearest = torch.maximum(nearest, likeness.amax(dim=0)).index_copy_(0, rows, likeness.amax(dim=1))
+        done.index_fill_(0, rows, True)
+        left = nearest.masked_fill(done, torch.inf)
+        rows = left.argsort()[: min(int((left <= nearest[done].amin() + _MARGIN).sum()), block)]
+        block = min(2 * block, _MOST)
+    return (1 - nearest).masked_fill_(~done, -torch.inf).argmax(0, keepdim=True)
 
 
 class DivPrune(TokenReducer, method="divprune", paper="2503.02175"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.merging import paired_cosine, top_indices
+from spatiotoken.tokens.merging import previous_cosine, top_indices
 
 
 def dtd_count(tokens_per_frame: int, retention: float) -> int:
@@ -28,7 +28,7 @@ def dtd_selection(frames: Tensor, count: int) -> Tensor:
         count: how many of each later frame's ``N`` tokens are kept.
     """
     places = frames.shape[1]
-    kept = top_indices(paired_cosine(frames[1:], frames[:-1]), count, largest=False)
+    kept = top_indices(previous_cosine(frames), count, largest=False)
     start = torch.arange(places, frames.shape[0] * places, places, device=frames.device)
     return torch.cat([torch.arange(places, device=frames.device), (kept + start[:, None]).flatten()])
 
@@ -39,7 +39,7 @@ def dtd_mask(frames: Tensor, threshold: float) -> Tensor:
     Args:
         frames: ``[T, N, D]``.
     """
-    changed = paired_cosine(frames[1:], frames[:-1]) <= threshold
+    changed = previous_cosine(frames) <= threshold
     return torch.cat([changed.new_ones(1, frames.shape[1]), changed])
 
 

@@ -42,15 +42,19 @@ def dycoke_selection(frames: Tensor, merging_ratio: float, reference: bool = Fal
     """
     num_frames, places = frames.shape[:2]
     index = torch.arange(num_frames * places, device=frames.device).view(num_frames, places)
-    thirds = dycoke_thirds(num_frames, reference)
-    later = [*range(1, num_frames, 2), *range(2, num_frames, 4)[:thirds]]
-    earlier = [frame - 2 + frame % 2 for frame in later]
+    pairs, thirds = num_frames // 2, dycoke_thirds(num_frames, reference)
     squares = paired_dot(frames, frames)
-    # Frame by frame: every other frame at once would be copied to one block of memory first.
-    dots = [paired_dot(frames[one], frames[other]) for one, other in zip(later, earlier, strict=True)]
-    similarity = cosine(torch.stack(dots) if dots else squares[:0], squares[later], squares[earlier])
+    similarity = torch.cat(
+        [
+            cosine(paired_dot(frames[later], frames[earlier]), squares[later], squares[earlier])
+            for later, earlier in (
+                (slice(1, None, 2), slice(0, 2 * pairs, 2)),
+                (slice(2, 4 * thirds, 4), slice(0, 4 * thirds, 4)),
+            )
+        ]
+    )
     different = top_indices(similarity, dycoke_places(places, merging_ratio), largest=False)
-    cut = index[later].gather(1, different)
+    cut = torch.cat([index[1::2], index[2::4][:thirds]]).gather(1, different)
     return torch.cat([part.flatten() for part in (index[::4], index[2::4][thirds:], cut)]).sort().values
 
 

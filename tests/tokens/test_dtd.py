@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from spatiotoken.structures import VideoFeatures
-from spatiotoken.tokens.dtd import DTD, dtd_count, dtd_mask, dtd_selection, paired_cosine
+from spatiotoken.tokens.dtd import DTD, dtd_count, dtd_mask, dtd_selection
+from spatiotoken.tokens.merging import paired_cosine
 from tests.vectors import cases
 
 
