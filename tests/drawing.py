@@ -19,8 +19,6 @@ from tests.cases import REDUCED
 
 Grid = tuple[int, int, int]
 
-SMALL = 0.001
-"""Where a setting must be above zero, the least that is drawn."""
 CONTENTS = ("random", "equal", "static", "drifting", "cuts", "some zero", "all zero", "duplicates", "opposed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,9 +37,10 @@ def drawn(examples: int) -> settings:
 def grids(draw: DrawFn, most: int = 600, frames: int = 64) -> Grid:
     """``(T, H, W)`` of at most so many tokens: images, odd grids, one token per frame."""
     time = draw(st.integers(1, min(8, frames)) | st.integers(1, frames))
-    most = min(20, isqrt(most // time)), most // time
-    short = draw(st.integers(1, min(3, most[0])) | st.integers(1, most[0]))
-    long = draw(st.just(short) | st.integers(short, min(20, most[1] // short)))
+    places = most // time
+    side = min(20, isqrt(places))
+    short = draw(st.integers(1, min(3, side)) | st.integers(1, side))
+    long = draw(st.just(short) | st.integers(short, min(20, places // short)))
     return draw(st.sampled_from([(time, short, long), (time, long, short)]))
 
 
@@ -50,10 +49,10 @@ class Scene:
     """What the tokens of a clip show, whatever their number of channels."""
 
     content: str
-    shift: float
-    scale: float
-    dtype: torch.dtype
-    seed: int
+    shift: float = 0.0
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
 
     def tokens(self, grid: Grid, dim: int, salt: int = 0) -> Tensor:
         """``[T * H * W, D]``; another ``salt`` gives others with the same relations between them."""
@@ -128,9 +127,10 @@ def instances(method: type[Method], **fixed: Any) -> SearchStrategy[Method]:
     """The method with any valid settings but the ``fixed`` ones; also as its preset and ``tests/cases.py`` have it."""
     schemas = method.model_json_schema()["properties"]
     fields = {name: retentions() if name == "retention" else values(schema) for name, schema in schemas.items()}
-    always = {"retention": retentions()} if "retention" in fields else {}
-    some = st.fixed_dictionaries(always, optional={name: field for name, field in fields.items() if name not in always})
-    return (st.sampled_from(known_settings(method)) | some | some | some).map(lambda chosen: method(**{**chosen, **fixed}))
+    always = {name: field for name, field in fields.items() if name == "retention"}
+    some = st.fixed_dictionaries(always, optional={name: fields[name] for name in fields if name not in always})
+    any_of = st.sampled_from(known_settings(method)) | some | st.fixed_dictionaries(fields)
+    return any_of.map(lambda chosen: method(**{**chosen, **fixed}))
 
 
 def known_settings(method: type[Method]) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ def known_settings(method: type[Method]) -> list[dict[str, Any]]:
 
 
 def values(schema: dict[str, Any]) -> SearchStrategy[Any]:
-    """What a field of this JSON schema may be; where it has no upper bound, up to 10 more than the lower."""
+    """What a field of this JSON schema may be; where it has no upper bound, up to 10 or ten more than the lower."""
     if "anyOf" in schema:
         return st.one_of([values(each) for each in schema["anyOf"]])
     if "enum" in schema:
@@ -150,8 +150,10 @@ def values(schema: dict[str, Any]) -> SearchStrategy[Any]:
         return st.none()
     if schema["type"] == "boolean":
         return st.booleans()
-    low = schema["exclusiveMinimum"] + SMALL if "exclusiveMinimum" in schema else schema["minimum"]
-    high = schema.get("maximum", schema.get("exclusiveMaximum", low + 10))
     if schema["type"] == "integer":
-        return st.integers(low, min(high, low + 10))
+        return st.integers(schema["minimum"], min(schema.get("maximum", 1000), schema["minimum"] + 10))
+    if "exclusiveMinimum" in schema and "maximum" not in schema:
+        return st.integers(-30, 10).map(lambda power: schema["exclusiveMinimum"] + 10 ** (power / 10))
+    low = schema["exclusiveMinimum"] + 0.001 if "exclusiveMinimum" in schema else schema["minimum"]
+    high = schema.get("maximum", schema.get("exclusiveMaximum", low + 10))
     return st.floats(low, high, exclude_max="exclusiveMaximum" in schema)

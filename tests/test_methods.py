@@ -1,4 +1,7 @@
-"""Every method by itself: counts, order, hand-made examples, determinism, bad input."""
+"""Methods without a test file of their own, on hand-made examples, and bad input.
+
+What holds of all is in ``tests/tokens/test_properties.py`` and ``tests/layers/test_properties.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,69 +12,19 @@ from pydantic import ValidationError
 from spatiotoken.attention.sliding_vertical import SlidingVertical
 from spatiotoken.frames.kmeans import KMeans, kmeans_keyframes
 from spatiotoken.frames.uniform import Uniform, uniform_indices
-from spatiotoken.layers.fastv import FastV, fastv_count
-from spatiotoken.registry import METHODS
+from spatiotoken.layers.fastv import FastV
+from spatiotoken.registry import METHODS, STAGES, Method
 from spatiotoken.structures import FrameChoice, Frames, LayerTokens, ReducedTokens, VideoFeatures
-from spatiotoken.tokens import TokenReducer
-from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
-from spatiotoken.tokens.downsample import Downsample, downsample_count, pooled_grid
-from spatiotoken.tokens.evs import EVS, evs_count, evs_mask
+from spatiotoken.tokens.divprune import DivPrune, divprune_order
+from spatiotoken.tokens.downsample import Downsample, pooled_grid
+from spatiotoken.tokens.evs import EVS, evs_mask
 from spatiotoken.tokens.merging import mean_by_assignment
-from spatiotoken.tokens.random import Random, random_count, random_selection
-
-GRIDS = [(1, 1, 1), (1, 5, 3), (4, 7, 7), (6, 8, 15), (3, 1, 9)]
-RETENTIONS = [0.01, 0.1, 0.25, 0.333, 0.5, 0.9, 1.0]
+from spatiotoken.tokens.random import Random, random_selection
 
 
 def video(grid: tuple[int, int, int], dim: int = 16, seed: int = 0) -> VideoFeatures:
     tokens = grid[0] * grid[1] * grid[2]
     return VideoFeatures(torch.randn(tokens, dim, generator=torch.Generator().manual_seed(seed)), grid)
-
-
-def reducers(retention: float) -> list[TokenReducer]:
-    return [method(retention=retention) for method in METHODS["tokens"].items().values()]
-
-
-def count(method: TokenReducer, grid: tuple[int, int, int], retention: float) -> int:
-    tokens = grid[0] * grid[1] * grid[2]
-    return {
-        "random": random_count(tokens, retention),
-        "divprune": divprune_count(tokens, retention),
-        "downsample": downsample_count(grid, retention),
-        "evs": evs_count(grid, retention),
-    }[method.name]
-
-
-@pytest.mark.parametrize("retention", RETENTIONS)
-@pytest.mark.parametrize("grid", GRIDS)
-def test_token_reducers(grid: tuple[int, int, int], retention: float) -> None:
-    clip = video(grid)
-    for method in reducers(retention):
-        reduced = method.reduce(clip)
-        kept = reduced.source.shape[0]
-        assert kept == count(method, grid, retention) >= 1
-        assert reduced.embeddings.shape == (kept, 16) and reduced.assignment.shape == (clip.num_tokens,)
-        assert (reduced.source.diff() > 0).all() and reduced.source[-1] < clip.num_tokens
-        # Each survivor is at least made of the token whose place it takes.
-        assert torch.equal(reduced.assignment[reduced.source], torch.arange(kept))
-        expected = mean_by_assignment(clip.embeddings, reduced.assignment, kept)
-        torch.testing.assert_close(reduced.embeddings, expected)
-        again = method.reduce(clip)
-        assert torch.equal(again.source, reduced.source) and torch.equal(again.embeddings, reduced.embeddings)
-        if retention == 1.0:
-            assert torch.equal(reduced.embeddings, clip.embeddings)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("retention", RETENTIONS)
-def test_budget_is_never_exceeded(grid: tuple[int, int, int], retention: float) -> None:
-    frames, height, width = grid
-    tokens = frames * height * width
-    assert downsample_count(grid, retention) <= max(frames, tokens * retention)
-    assert evs_count(grid, retention) <= max(height * width, tokens * retention)
-    assert abs(random_count(tokens, retention) - max(1, tokens * retention)) <= 0.5
-    assert abs(divprune_count(tokens, retention) - max(1, tokens * retention)) <= 0.5
-    assert fastv_count(tokens, retention) <= max(1, tokens * retention)
 
 
 def test_random_is_uniform_and_seeded() -> None:
@@ -216,13 +169,19 @@ def test_sliding_vertical_holds_no_square_tensor() -> None:
     assert max(sizes) < length * length // 16
 
 
-def test_bad_values_are_refused() -> None:
-    for method in METHODS["tokens"].items().values():
-        for retention in (0, -0.1, 1.5, float("nan"), "a lot"):
+@pytest.mark.parametrize(
+    "method", [m for stage in STAGES for m in METHODS[stage].items().values()], ids=lambda m: m.name
+)
+def test_bad_settings_are_refused(method: type[Method]) -> None:
+    if "retention" in method.model_fields:
+        for retention in (0, -0.1, 1.5, float("nan"), "a lot", True):
             with pytest.raises(ValidationError):
                 method(retention=retention)
-        with pytest.raises(ValidationError):
-            method(retentoin=0.5)
+    with pytest.raises(ValidationError):
+        method(retentoin=0.5)
+
+
+def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match="grid"):
         VideoFeatures(torch.zeros(5, 2), (1, 2, 3))
     with pytest.raises(ValueError, match="grid"):

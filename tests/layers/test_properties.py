@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.strategies import DataObject, DrawFn
+from hypothesis.strategies import DataObject, SearchStrategy
 from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
@@ -19,35 +19,54 @@ from spatiotoken.layers.sttm import STTM
 from spatiotoken.registry import METHODS
 from spatiotoken.structures import LayerReduction, LayerTokens
 from tests.cases import KEEP_ALL
-from tests.drawing import drawn, grids, instances, scenes
+from tests.drawing import Grid, Scene, drawn, grids, instances, scenes
 
 ALL: dict[str, type[LayerReducer]] = dict(sorted(METHODS["layers"].items().items()))  # type: ignore[arg-type]
 
 
-@st.composite
-def samples(draw: DrawFn, gaps: bool) -> LayerTokens:
-    """Visual tokens of one sample: videos and pictures, of which frames were left out, and newlines among them.
+@dataclass(frozen=True)
+class Sample:
+    """Visual tokens of one sample: videos and pictures, of which frames were left out, with newlines after them.
 
-    Args:
-        gaps: tokens may be missing anywhere.
+    Attributes:
+        newlines: after each grid.
+        share: of the tokens that a method before has left.
     """
-    scene, dim = draw(scenes()), draw(st.integers(1, 12))
-    hidden, coordinates = [], []
-    for number, grid in enumerate(draw(st.lists(grids(most=150, frames=16), min_size=1, max_size=4))):
-        frames = sorted(draw(st.sets(st.integers(0, 2 * grid[0]), min_size=grid[0], max_size=grid[0])))
-        axes = [torch.tensor(frames), torch.arange(grid[1]), torch.arange(grid[2])]
-        coordinates.append(torch.nn.functional.pad(torch.cartesian_prod(*axes), (1, 0), value=number))
-        hidden.append(scene.tokens(grid, dim, 100 * number))
-        if newlines := draw(st.integers(0, 3)):
-            coordinates.append(torch.full((newlines, 4), draw(st.sampled_from([-1, -2]))))
-            hidden.append(scene.rows(newlines, dim, 50 + 100 * number))
-    tokens, places = torch.cat(hidden), torch.cat(coordinates)
-    if gaps and draw(st.booleans()):
-        generator = torch.Generator().manual_seed(scene.seed)
-        left = torch.rand(tokens.shape[0], generator=generator) < draw(st.sampled_from([0.9, 0.5, 0.1]))
-        left[-1] = True
-        tokens, places = tokens[left], places[left]
-    return entering(LayerTokens(0, tokens.shape[0], hidden=tokens, coordinates=places, depth=draw(st.integers(3, 28))))
+
+    scene: Scene
+    dim: int
+    grids: tuple[Grid, ...]
+    newlines: tuple[int, ...]
+    share: float
+    depth: int
+
+    def tokens(self) -> LayerTokens:
+        generator = torch.Generator().manual_seed(self.scene.seed)
+        hidden, coordinates = [], []
+        for number, (grid, newlines) in enumerate(zip(self.grids, self.newlines, strict=False)):
+            frames = torch.randperm(2 * grid[0], generator=generator)[: grid[0]].sort().values
+            places = torch.cartesian_prod(frames, torch.arange(grid[1]), torch.arange(grid[2]))
+            coordinates.append(torch.nn.functional.pad(places, (1, 0), value=number))
+            coordinates.append(torch.full((newlines, 4), -1 - self.scene.seed % 2))
+            hidden.append(self.scene.tokens(grid, self.dim, 100 * number))
+            hidden.append(self.scene.rows(newlines, self.dim, 100 * number + 50))
+        left = torch.rand(sum(map(len, hidden)), generator=generator) <= self.share
+        left[0] = True
+        tokens, places = torch.cat(hidden)[left], torch.cat(coordinates)[left]
+        return entering(LayerTokens(0, tokens.shape[0], hidden=tokens, coordinates=places, depth=self.depth))
+
+
+def samples(gaps: bool) -> SearchStrategy[Sample]:
+    """With ``gaps`` tokens may be missing anywhere."""
+    return st.builds(
+        Sample,
+        scene=scenes(),
+        dim=st.integers(1, 12),
+        grids=st.lists(grids(most=150, frames=16), min_size=1, max_size=4).map(tuple),
+        newlines=st.tuples(*[st.integers(0, 3)] * 4),
+        share=st.sampled_from([1.0, 0.9, 0.5, 0.1] if gaps else [1.0]),
+        depth=st.integers(3, 28),
+    )
 
 
 def entering(tokens: LayerTokens) -> LayerTokens:
@@ -139,7 +158,7 @@ def chosen(data: DataObject, method: type[LayerReducer], depth: int, **fixed: An
 @given(data=st.data())
 @drawn(80)
 def test_contract(name: str, data: DataObject) -> None:
-    tokens = data.draw(samples(gaps=name != "sttm"), label="tokens")
+    tokens = data.draw(samples(gaps=name != "sttm"), label="sample").tokens()
     method = chosen(data, ALL[name], tokens.depth)
     counts = [each.kept.shape[0] for each in walk(method, tokens, data.draw(st.sampled_from([0.0, 0.1])))]
     assert counts == sorted(counts, reverse=True)
@@ -153,7 +172,7 @@ def test_contract(name: str, data: DataObject) -> None:
 @drawn(30)
 def test_keep_all(name: str, data: DataObject) -> None:
     """Bit by bit, whatever the other settings are."""
-    tokens = data.draw(samples(gaps=name != "sttm"), label="tokens")
+    tokens = data.draw(samples(gaps=name != "sttm"), label="sample").tokens()
     method = chosen(data, ALL[name], tokens.depth, **KEEP_ALL["layers", name])
     for reduction in walk(method, tokens, 0.0):
         assert torch.equal(reduction.kept, torch.arange(tokens.num_initial))
@@ -163,22 +182,24 @@ def test_keep_all(name: str, data: DataObject) -> None:
 @given(data=st.data())
 @drawn(80)
 def test_framefusion_spends_its_budget(data: DataObject) -> None:
-    """Once it is done: on all layers together, but for rounding and for one token that is always left."""
-    tokens = data.draw(samples(gaps=True), label="tokens")
+    """On all layers together, once it is done, but for rounding and for one token that is always left."""
+    tokens = data.draw(samples(gaps=True), label="sample").tokens()
     method = data.draw(instances(FrameFusion), label="method")
     left = walk(method, tokens, data.draw(st.sampled_from([0.0, 0.1])))
-    counts = [each.kept.shape[0] for each in left]
+    counts = [tokens.num_initial, *(each.kept.shape[0] for each in left)]
     done = [layer for layer, each in enumerate(left) if each.memory.phase == "done"]
     if done:
-        spent, budget = sum(counts[: done[0]]), method.cost * tokens.depth * tokens.num_initial
-        assert len(done) == tokens.depth - done[0] and set(counts[done[0] :]) == {counts[-1]}
-        assert sum(counts) <= max(budget, spent + len(done)) + len(done)
+        before, after = counts[: done[0] + 1], counts[done[0] + 1 :]
+        assert len(done) == len(after) and set(after) == {after[-1]}
+        spent, budget = sum(before[1:]), method.cost * tokens.depth * tokens.num_initial
+        most = spent + len(after) * before[-1]
+        assert min(budget, most) - len(after) <= spent + sum(after) <= max(budget, spent + len(after)) + len(after)
 
 
 @given(data=st.data())
 @drawn(30)
 def test_sttm_asks_for_whole_frames(data: DataObject) -> None:
-    tokens = data.draw(samples(gaps=False), label="tokens")
+    tokens = data.draw(samples(gaps=False), label="sample").tokens()
     places = tokens.needed("coordinates")
     together = (places[:, None, :2] == places[None, :, :2]).all(dim=2).sum(dim=1)
     corners = ((places[:, 2:] == 0).all(dim=1) & (together > 1)).nonzero()[:, 0].tolist()
