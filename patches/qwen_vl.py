@@ -64,8 +64,8 @@ class QwenVL(ModelAdapter):
         states = []
         for size, first in starts.items():
             places = torch.tensor(first, device=hidden.device)[:, None] + torch.arange(size, device=hidden.device)
-            of_chunks = (values[places].transpose(1, 2) for values in (query, key))
-            states.append(TowerStates(places, *of_chunks, attention.scaling))
+            chunk_query, chunk_key = (values[places].transpose(1, 2) for values in (query, key))
+            states.append(TowerStates(places, chunk_query, chunk_key, attention.scaling))
         return states
 
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:

@@ -35,7 +35,12 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         {"name": name} | {key: value for key, value in schema.items() if key != "title"}
         for name, schema in properties.items()
     ]
-    described = {"name": method.name, "summary": method.summary(), "paper": method.paper, "parameters": parameters}
+    described: dict[str, Any] = {
+        "name": method.name,
+        "summary": method.summary(),
+        "paper": method.paper,
+        "parameters": parameters,
+    }
     if issubclass(method, TokenReducer | LayerReducer):
         described |= {
             "kind": method.kind,

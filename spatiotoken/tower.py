@@ -168,7 +168,7 @@ def mean_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
 def _resolve(wanted: Attention, reader: TowerReader) -> Attention:
     has = {"cls": reader.has_cls, "head": reader.head is not None, "received": True}
     if wanted == "auto":
-        return next(name for name in ("cls", "head", "received") if has[name])  # type: ignore[return-value]
+        return next(name for name in ("cls", "head", "received") if has[name])
     if not has[wanted]:
         there = ", ".join(name for name, present in has.items() if present)
         raise ValueError(f"tokens.attention: this model's vision tower has no {wanted!r}; supported: auto, {there}")

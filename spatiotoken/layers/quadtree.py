@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatiotoken.tokens.merging import paired_cosine
+_FRAMES = 2
+"""Frames whose products of regions and parts are held at once."""
 
 
 def sttm_levels(height: int, width: int, root_level: int) -> list[tuple[int, int]]:
@@ -28,6 +29,18 @@ def _blocks(values: Tensor) -> Tensor:
     if values.shape[2] % 2:
         values = torch.cat([values[:, :, :1], values], dim=2)
     return values.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+
+
+def _means(values: Tensor) -> Tensor:
+    """``[T, ceil(h/2), ceil(w/2), D]`` means of the blocks of ``[T, h, w, D]``."""
+    odd = (values.shape[1] % 2, values.shape[2] % 2)
+    pooled = torch.nn.functional.avg_pool2d(values.permute(0, 3, 1, 2), 2, padding=odd, count_include_pad=False)
+    return pooled.permute(0, 2, 3, 1)
+
+
+def _cosines(dots: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Of inner products and lengths; 0 beside a zero vector."""
+    return dots / (first * second).clamp(min=1e-16)
 
 
 def _to_children(values: Tensor, height: int, width: int) -> Tensor:
@@ -55,11 +68,9 @@ def sttm_spatial(
     frames, height, width = hidden.shape[:3]
     sizes = sttm_levels(height, width, root_level)
     levels: list[Tensor] = [hidden.float()]
-    blocks: list[Tensor] = []  # of each level, the parts of its regions
     for _ in sizes[1:]:
-        blocks.insert(0, _blocks(levels[0]))
-        halves = blocks[0].select(4, 0) + blocks[0].select(4, 1)  # many times faster than a mean over two dimensions
-        levels.insert(0, (halves.select(2, 0) + halves.select(2, 1)) / 4)
+        levels.insert(0, _means(levels[0]))
+    lengths = [torch.linalg.vector_norm(level, dim=3) for level in levels]
 
     device = hidden.device
     time = torch.arange(frames, device=device)[:, None, None]
@@ -74,9 +85,13 @@ def sttm_spatial(
         if level + 1 == len(sizes):
             break
         below = sizes[level + 1]
-        alike = paired_cosine(levels[level][:, :, None, :, None], blocks[level]).amin(dim=(2, 4))
-        if reference:
-            corner = paired_cosine(levels[level], levels[level + 1][:, :1, :1])
+        length = lengths[level]
+        pairs = zip(levels[level].split(_FRAMES), levels[level + 1].split(_FRAMES), strict=True)
+        dots = torch.cat([(whole[:, :, None, :, None] * _blocks(parts)).sum(dim=5) for whole, parts in pairs])
+        alike = _cosines(dots, length[:, :, None, :, None], _blocks(lengths[level + 1])).amin(dim=(2, 4))
+        if reference and (below[0] % 2 or below[1] % 2):
+            dots = (levels[level + 1][:, 0, :1] @ levels[level].flatten(1, 2).mT).view_as(length)
+            corner = _cosines(dots, length, lengths[level + 1][:, :1, :1])
             if below[0] % 2:
                 alike[:, 0] = torch.minimum(alike[:, 0], corner[:, 0])
             if below[1] % 2:
@@ -90,5 +105,10 @@ def sttm_spatial(
     corner_of = index.new_full((first,), flat.shape[0]).scatter_reduce(0, flat, index, "amin")[flat]
     source = (corner_of == index).nonzero()[:, 0]
     number = torch.zeros_like(index).index_copy_(0, source, torch.arange(source.shape[0], device=device))
-    nodes = torch.cat([level.flatten(0, 2) for level in levels]).index_select(0, flat[source])
+    nodes = levels[-1].new_empty(source.shape[0], hidden.shape[3])
+    row = flat[source]
+    for values in (level.flatten(0, 2) for level in levels):
+        place = ((row >= 0) & (row < values.shape[0])).nonzero()[:, 0]
+        nodes.index_copy_(0, place, values.index_select(0, row[place]))
+        row = row - values.shape[0]
     return nodes, source, number[corner_of]

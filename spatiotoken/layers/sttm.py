@@ -11,7 +11,10 @@ from torch import Tensor
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.quadtree import sttm_spatial
 from spatiotoken.structures import LayerReduction, LayerTokens
-from spatiotoken.tokens.merging import mean_by_assignment, paired_cosine
+from spatiotoken.tokens.merging import mean_by_assignment
+
+_PAIRS = 512
+"""Pairs of nodes that are copied at once."""
 
 
 def sttm_temporal(
@@ -34,7 +37,7 @@ def sttm_temporal(
     # The upper left token of the smaller one names the pair, and no other token does so.
     meets = here[1:] | here[:-1]
     earlier, later = owner[:-1][meets], owner[1:][meets]
-    linked = paired_cosine(nodes.index_select(0, earlier), nodes.index_select(0, later)) >= threshold
+    linked = _pair_cosines(nodes, earlier, later) >= threshold
     earlier, later = earlier[linked], later[linked]
 
     ends = torch.cat([earlier, later])
@@ -47,6 +50,14 @@ def sttm_temporal(
             break
     kept, group = label.unique(return_inverse=True)
     return mean_by_assignment(nodes, group, kept.shape[0]), source[kept], group[assignment]
+
+
+def _pair_cosines(nodes: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``[P]`` cosines of the rows ``first [P]`` and ``second [P]`` of ``nodes [M, D]``; 0 beside a zero vector."""
+    length = torch.linalg.vector_norm(nodes, dim=1)
+    pairs = zip(first.split(_PAIRS), second.split(_PAIRS), strict=True)
+    dots = torch.cat([(nodes.index_select(0, a) * nodes.index_select(0, b)).sum(dim=1) for a, b in pairs])
+    return dots / (length[first] * length[second]).clamp(min=1e-16)
 
 
 def sttm_merge(

@@ -149,23 +149,23 @@ class Packer:
         rows = [self._pack(questions) for questions in asked]
         length = max(len(row[0]) for row in rows)
         fills = (0, 0, 0, _IGNORED, -1)
-        columns = [
+        tokens, segments, places, targets, families = (
             torch.tensor([row[part] + [fill] * (length - len(row[part])) for row in rows])
             for part, fill in enumerate(fills)
-        ]
-        most = max(len(questions) for questions in asked)
-        begins = torch.full((len(asked), most), -1)
-        shown = torch.zeros(len(asked), most, 2, lesson.num_frames, GRID, GRID, dtype=torch.bool)
-        covered = coverage(scenes.boxes(), (GRID, GRID))
-        for row, questions in enumerate(asked):
-            ends = [index for index, target in enumerate(rows[row][3]) if target != _IGNORED]
-            # Where an answer's first token is predicted: what comes before it in the row is not.
-            starts = [index for index in ends if index - 1 not in ends]
-            begins[row, : len(questions)] = torch.tensor(starts)
-            for number, question in enumerate(questions):
-                for head, (thing, first, stop) in enumerate(_pointers(question)):
-                    shown[row, number, head, first:stop] = covered[row, thing, first:stop]
-        return Batch(render(scenes), cell_labels(scenes), *columns, begins, shown, lesson.pointing)
+        )
+        begins, shown = _pointed_at(asked, [row[3] for row in rows], coverage(scenes.boxes(), (GRID, GRID)))
+        return Batch(
+            frames=render(scenes),
+            labels=cell_labels(scenes),
+            tokens=tokens,
+            segments=segments,
+            places=places,
+            targets=targets,
+            families=families,
+            begins=begins,
+            shown=shown,
+            pointing=lesson.pointing,
+        )
 
     def _chosen(self, questions: Sequence[Question], sample: int) -> list[Question]:
         """Some of a scene's questions: the families take turns, beginning with the rare ones."""
@@ -198,6 +198,28 @@ class Packer:
         if text not in self._encoded:
             self._encoded[text] = self._tokenizer(text)["input_ids"]
         return self._encoded[text]
+
+
+def _pointed_at(
+    asked: Sequence[Sequence[Question]], targets: Sequence[Sequence[int]], covered: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``begins`` and ``shown`` of a ``Batch``.
+
+    Args:
+        targets: of each row.
+        covered: bool ``[B, things, T, GRID, GRID]``.
+    """
+    most = max(len(questions) for questions in asked)
+    begins = torch.full((len(asked), most), -1)
+    shown = torch.zeros(len(asked), most, 2, *covered.shape[2:], dtype=torch.bool)
+    for row, questions in enumerate(asked):
+        answered = [index for index, target in enumerate(targets[row]) if target != _IGNORED]
+        starts = [index for index in answered if index - 1 not in answered]
+        begins[row, : len(questions)] = torch.tensor(starts)
+        for number, question in enumerate(questions):
+            for head, (thing, first, stop) in enumerate(_pointers(question)):
+                shown[row, number, head, first:stop] = covered[row, thing, first:stop]
+    return begins, shown
 
 
 def _pointers(question: Question) -> list[tuple[int, int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 _MANY = 128
 """Rows from which on less arithmetic is worth a copy of the result."""
 
@@ -22,8 +21,8 @@ def inner_products(values: Tensor) -> Tensor:
 def scaled_distances(features: Tensor) -> Tensor:
     """``[..., n, n]`` Euclidean distances of rows of ``features [..., n, D]``, over the root of ``D``."""
     values = features.float().reshape(-1, *features.shape[-2:])
-    # Tokens share a large part, which would cost the small distances their precision.
-    products = inner_products(values - values.mean(dim=1, keepdim=True))
+    # Tokens share a large part, which would cost the small distances their precision. Its estimate may be rough.
+    products = inner_products(values - values[:, ::8].mean(dim=1, keepdim=True))
     squares = products.diagonal(dim1=1, dim2=2)
     distances = torch.add(squares[:, :, None], squares[:, None]).sub_(products, alpha=2)
     distances.diagonal(dim1=1, dim2=2).zero_()
@@ -41,21 +40,20 @@ def _smallest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=-1, largest=False).values
 
 
-def density_peak_scores(distances: Tensor, neighbours: int | Tensor) -> Tensor:
+def density_peak_scores(distances: Tensor, neighbours: int, most: Tensor | None = None) -> Tensor:
     """``[..., n]``: how much a point is the middle of a cluster, density times distance to the next denser point.
 
     Args:
         distances: ``[..., n, n]``, zero between a point and itself, which counts as its own neighbour.
-        neighbours: how many a density is taken from, at most ``n``; or ``[...]`` how many in each set of points.
+        neighbours: how many a density is taken from, at most ``n``.
+        most: ``[...]`` and at most so many in each set of points.
     """
-    if isinstance(neighbours, Tensor):
-        most = neighbours[..., None, None]
-        squares = _smallest(distances, int(neighbours.max())).square()
-        inside = torch.arange(squares.shape[-1], device=squares.device) < most
-        mean = torch.where(inside, squares, 0).sum(dim=-1) / most[..., 0]
+    squares = _smallest(distances, min(neighbours, distances.shape[-1])).square()
+    if most is None:
+        density = (-squares.mean(dim=-1)).exp()
     else:
-        mean = _smallest(distances, min(neighbours, distances.shape[-1])).square().mean(dim=-1)
-    density = (-mean).exp()
+        place = torch.arange(squares.shape[-1], device=squares.device)
+        density = (-torch.where(place < most[..., None, None], squares, torch.nan).nanmean(dim=-1)).exp()
     denser = density.unsqueeze(-2) > density.unsqueeze(-1)  # [..., i, j]: j is denser than i
     farthest = distances.amax(dim=(-2, -1))[..., None, None]
     return density * torch.where(denser, distances, farthest).amin(dim=-1)

@@ -12,7 +12,7 @@ from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
 from spatiotoken.tokens.density_peaks import density_peak_centres, density_peak_scores, scaled_distances
-from spatiotoken.tokens.merging import mean_by_assignment, top_indices
+from spatiotoken.tokens.merging import mean_by_assignment, top_indices, true_indices
 from spatiotoken.tokens.segments import frame_similarities, segment_bounds, segment_frames
 
 _CHUNK = 8
@@ -49,7 +49,7 @@ def anchor_counts(segments: Tensor, budget: int, free: int, stride: int) -> Tens
 
 
 def by_density(values: Tensor, rows: Tensor, neighbours: int) -> Tensor:
-    """The indices in each row of ``rows [A, n]`` of tokens ``values [N, D]``, highest density-peak score first."""
+    """Each row of ``rows [A, n]``, indices of tokens ``values [N, D]``, by falling density-peak score."""
     members = [values.index_select(0, part.flatten()).unflatten(0, part.shape) for part in rows.split(_CHUNK)]
     scores = torch.cat([density_peak_scores(scaled_distances(part), neighbours) for part in members])
     return rows.gather(1, density_peak_centres(scores, rows.shape[1]))
@@ -60,15 +60,11 @@ def merge_into_anchors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each of ``members [n, D]`` goes to the anchor ``[m, D]`` of the highest cosine, the anchors among them.
 
-    Args:
-        weight: least share of an anchor that is itself.
-        free: ``[n]`` bool, the members that are merged; None for all.
-
     Returns:
-        ``[m, D]`` anchors, of which at least ``weight`` is left and the rest is the mean of their members;
-        ``[n]`` the anchor of each member; ``[n]`` the weight that it has there.
+        ``[m, D]`` anchors, of which at least ``weight`` is left and the rest is the mean of their members, or of those
+        that are ``free [n]``; ``[n]`` the anchor of each member; ``[n]`` the weight that it has there.
     """
-    # The small matrix first and no transposed result: many times faster for the few anchors that there are.
+    # The small matrix first: on a CPU almost twice as fast.
     goal = (torch.nn.functional.normalize(anchors, dim=-1) @ members.T).T.contiguous().argmax(dim=1)
     merged = goal if free is None else torch.where(free, goal, -1)
     mean = mean_by_assignment(members, merged, anchors.shape[0])
@@ -122,7 +118,7 @@ class FastVID(SaliencyReducer, method="fastvid", paper="2503.11187"):
         if budget == 0:
             return ReducedTokens.pruned(video, kept)
         free = torch.ones_like(token, dtype=torch.bool).scatter_(1, chosen, False)
-        rest = token.gather(1, top_indices(free.to(torch.uint8), places - salient))
+        rest = token.gather(1, true_indices(free, places - salient))
         likeness = frame_similarities(video.needed("frame_features"))
         segments = segment_frames(likeness, self.segments, self.segment_threshold)
         counts = anchor_counts(segments, budget, places - salient, self.stride)

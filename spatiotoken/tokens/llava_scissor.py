@@ -10,11 +10,8 @@ from torch import Tensor
 
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
-from spatiotoken.tokens.components import best_in_group, connected_components
-from spatiotoken.tokens.merging import mean_by_assignment, nearest
-
-_CELLS = 1 << 24
-"""Similarities of tokens with survivors that are held at once."""
+from spatiotoken.tokens.components import best_in_group, connected_components, nearest_from
+from spatiotoken.tokens.merging import mean_by_assignment
 
 
 def semantic_components(features: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -47,13 +44,15 @@ def scissor_merge(frames: Tensor, threshold: float) -> tuple[Tensor, Tensor, Ten
         that each token was averaged into.
     """
     tokens = frames.flatten(0, 1).float()
-    standing, component = semantic_components(frames, threshold)
-    representatives = mean_by_assignment(tokens, component.flatten(), standing.shape[0])
+    standing, part = semantic_components(frames, threshold)
+    representatives = mean_by_assignment(tokens, part.flatten(), standing.shape[0])
     again, component = semantic_components(representatives[None], threshold)
-    survivors = mean_by_assignment(representatives, component[0], again.shape[0])
-    owner = nearest(tokens, survivors, chunk=max(1, _CELLS // again.shape[0]))
-    members = torch.cat([torch.arange(again.shape[0], device=owner.device), owner])
-    return mean_by_assignment(torch.cat([survivors, tokens]), members, again.shape[0]), standing[again], owner
+    count = again.shape[0]
+    survivors = mean_by_assignment(representatives, component[0], count)
+    owner = nearest_from(tokens, survivors, component[0][part.flatten()])
+    joined = survivors.new_zeros(count, 1).index_add_(0, owner, survivors.new_ones(owner.shape[0], 1))
+    values = survivors.lerp(mean_by_assignment(tokens, owner, count), joined / (joined + 1))
+    return values, standing[again], owner
 
 
 class LLaVAScissor(TokenReducer, method="llava_scissor", paper="2506.21862"):

@@ -40,9 +40,7 @@ def segment_bounds(segments: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(segments, segments), torch.searchsorted(segments, segments, right=True)
 
 
-def tree_links(
-    tokens: Tensor, segments: Tensor, threshold: float, least: int, chosen: Tensor | None = None
-) -> Tensor:
+def tree_links(tokens: Tensor, segments: Tensor, threshold: float, least: int, chosen: Tensor | None = None) -> Tensor:
     """``[T, F]`` place of the most similar token in the previous frame of the segment, -1 for the root of a tree.
 
     A link needs a cosine above ``threshold``. Where that would leave fewer than ``least`` roots per frame of a
@@ -105,7 +103,7 @@ def cluster_trees(trees: Tensor, sizes: Sequence[int], counts: Sequence[int], ne
     begun, done = size.cumsum(0) - size, count.cumsum(0) - count
     # The last of each takes what is written of places that are not there.
     clusters, centres = size.new_empty(trees.shape[0] + 1), size.new_empty(sum(counts) + 1)
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    order = sorted((frame for frame, trees_of in enumerate(sizes) if trees_of), key=sizes.__getitem__)
     for start in range(0, len(order), _FRAMES):
         frames = order[start : start + _FRAMES]
         place = torch.arange(sizes[frames[-1]], device=trees.device)
@@ -113,7 +111,7 @@ def cluster_trees(trees: Tensor, sizes: Sequence[int], counts: Sequence[int], ne
         index = torch.where(real, begun[frames, None] + place, trees.shape[0])
         values = trees.index_select(0, index.clamp(max=trees.shape[0] - 1).flatten()).unflatten(0, index.shape)
         distances = scaled_distances(values).masked_fill_(~(real[:, None] & real[:, :, None]), _FAR)
-        ranked = density_peak_scores(distances, count[frames].clamp(max=neighbours)).argsort(descending=True, stable=True)
+        ranked = density_peak_scores(distances, neighbours, count[frames]).argsort(descending=True, stable=True)
         # Centres first, then the nearest of them.
         distances = distances.gather(2, ranked[:, None].expand_as(distances))
         centre = place < count[frames, None]

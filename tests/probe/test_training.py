@@ -18,7 +18,7 @@ from spatiotoken.probe.dataset import clip_metadata
 from spatiotoken.probe.evaluate import load_probe_model
 from spatiotoken.probe.models import PROBE_MODEL_TYPES, build_untrained
 from spatiotoken.probe.questions import all_questions, briefed_questions
-from spatiotoken.probe.scenes import sample_scenes
+from spatiotoken.probe.scenes import FAMILIES, sample_scenes
 from spatiotoken.probe.training import COURSES, Course, Lesson, Packer, Pupil, cell_labels, glimpses
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_probe.py"
@@ -85,6 +85,22 @@ def test_glimpses_show_letters() -> None:
     assert torch.equal(seen.labels[..., 48:56].flatten(1).any(dim=1), scenes.letter_frame >= 0)
 
 
+def test_heads_are_pointed_at_what_is_asked_about() -> None:
+    """Two things each, or one thing at its beginning and end; where answers begin is where their targets do."""
+    _, processor = build_untrained("llava_onevision", 0)
+    batch = Packer(processor, 0).batch(torch.arange(12), Lesson(1, 12, 8, places=4, pointing=1.0))
+    families = batch.families.gather(1, batch.begins.clamp(min=0)).masked_fill(batch.begins < 0, -2)
+    assert (batch.targets.gather(1, batch.begins.clamp(min=0))[batch.begins >= 0] >= 0).all()
+    assert (families >= 0).sum() == (batch.families >= 0).sum()
+    seen = batch.shown.flatten(3).any(dim=3)
+    assert seen[(families != FAMILIES.index("counting")) & (families > -2)].all()
+    assert not seen[(families == FAMILIES.index("counting")) | (families == -2)].any()
+    start, end = batch.shown[families == FAMILIES.index("motion")].flatten(3).any(dim=3).unbind(dim=1)
+    assert (start.int().argmax(dim=1) < end.int().argmax(dim=1)).all()
+    first, second = batch.shown[families == FAMILIES.index("spatial")].unbind(dim=1)
+    assert (first != second).flatten(1).any(dim=1).all()
+
+
 def test_rates_rise_and_fall() -> None:
     for course in COURSES.values():
         first = course.warm_up.steps
@@ -92,7 +108,7 @@ def test_rates_rise_and_fall() -> None:
         assert max(tower for tower, _ in rates[:first]) == pytest.approx(course.rate, rel=0.02)
         assert max(tower for tower, _ in rates[first:]) == pytest.approx(course.tower_rate, rel=0.02)
         assert max(rest for _, rest in rates[first:]) == pytest.approx(course.rate, rel=0.02)
-        assert rates[-1][1] < 1e-2 * course.rate and min(min(pair) for pair in rates) > 0
+        assert rates[-1][1] < 0.1 * course.rate and min(min(pair) for pair in rates) > 0  # a wave may be cut short
         with pytest.raises(IndexError):
             course.lesson(course.steps)
     with pytest.raises(ValueError, match="waves"):
