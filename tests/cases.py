@@ -92,6 +92,8 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 16},
 }
 
+REPRESENTATIVE = ("random", "downsample", "visionzip", "cdpruner")
+
 COMBINED: dict[str, dict[str, Any]] = {
     "light": load_config("light").to_dict(),
     "balanced": load_config("balanced", **{"frames.num_frames": 3}).to_dict(),
@@ -112,8 +114,18 @@ def keep_all_cases() -> list[Any]:
     return [pytest.param(config_of(key, settings), id="-".join(key)) for key, settings in KEEP_ALL.items()]
 
 
-def reduced_cases() -> list[Any]:
-    single = [pytest.param(config_of(key, settings), id="-".join(key)) for key, settings in REDUCED.items()]
+def reduced_cases(*, every: bool = True) -> list[Any]:
+    """All rows of the table.
+
+    Args:
+        every: False for what the method itself has little to do with: of `tokens` methods only some run by default
+            then, one that drops, one that merges, one that reads the tower and one that reads the question.
+    """
+    slow = () if every else [key for key in REDUCED if key[0] == "tokens" and key[1] not in REPRESENTATIVE]
+    single = [
+        pytest.param(config_of(key, settings), id="-".join(key), marks=[pytest.mark.slow] if key in slow else [])
+        for key, settings in REDUCED.items()
+    ]
     return single + [pytest.param(load_config(config), id=name) for name, config in COMBINED.items()]
 
 

@@ -173,7 +173,7 @@ def test_mixed_prompt(family: Family, config: PatchConfig, monkeypatch: pytest.M
         closest(scores(cached), scores(family.generate(inputs, use_cache=False)))
 
 
-@pytest.mark.parametrize("config", reduced_cases())
+@pytest.mark.parametrize("config", reduced_cases(every=False))
 def test_interleaved_conversations(family: Family, config: PatchConfig) -> None:
     """Two conversations in turns on one model, each as if it were alone, each answer as if computed afresh."""
     prompts = [family.inputs(PROMPT), family.inputs(["Hello.", ("video", "nasa", 4), "Is it moving?"])]
@@ -197,7 +197,7 @@ def test_interleaved_conversations(family: Family, config: PatchConfig) -> None:
 
 
 # Without sparse prefill, which treats the rows of a second turn as prompt; interleaved conversations cover that.
-@pytest.mark.parametrize("config", [case for case in reduced_cases() if case.values[0].attention is None])
+@pytest.mark.parametrize("config", [case for case in reduced_cases(every=False) if case.values[0].attention is None])
 def test_second_turn_equals_recomputation(family: Family, config: PatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # A short clip: once temporal positions exceed those of the text, unpatched Qwen2.5-VL itself goes on elsewhere than
     # a recomputation would (its position offset counts them).
@@ -219,7 +219,7 @@ def test_second_turn_equals_recomputation(family: Family, config: PatchConfig, m
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("config", reduced_cases())
+@pytest.mark.parametrize("config", reduced_cases(every=False))
 def test_half_precision(family: Family, config: PatchConfig, dtype: torch.dtype) -> None:
     inputs, family = family.inputs(PROMPT), family.fresh()
     family.model.to(dtype)
@@ -234,7 +234,7 @@ def test_half_precision(family: Family, config: PatchConfig, dtype: torch.dtype)
         assert family.generate(inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + 6
 
 
-@pytest.mark.parametrize("config", reduced_cases())
+@pytest.mark.parametrize("config", reduced_cases(every=False))
 def test_eager_equals_sdpa(family: Family, config: PatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the language model: the tower's last bits would decide between tokens that are nearly alike."""
     inputs = family.inputs(PROMPT)

@@ -10,6 +10,7 @@ from torch import Tensor
 from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
+from spatiotoken.tokens.merging import waits_are_free
 from spatiotoken.tokens.todre import farthest_first
 
 _SAMPLE, _FEWEST, _MOST = 128, 64, 1024
@@ -38,9 +39,12 @@ def loneliest(unit: Tensor) -> Tensor:
     """``[1]`` index of the row of ``unit [N, D]`` whose nearest other row is the farthest.
 
     What some rows are compared with has a neighbour at least as near as they are, so most rows are soon out of the
-    question: they have a nearer one than the best of those that were compared with all. The host waits for the device
-    once per block of rows.
+    question: they have a nearer one than the best of those that were compared with all.
     """
+    if not waits_are_free(unit.device):
+        blocks = torch.arange(unit.shape[0], device=unit.device).split(_MOST)
+        compared = [(unit[rows] @ unit.T).scatter_(1, rows[:, None], -torch.inf).amax(dim=1) for rows in blocks]
+        return torch.cat(compared).argmin(0, keepdim=True)
     nearest = unit.new_full(unit.shape[:1], -torch.inf)  # a bound for those not in ``done``
     done = torch.zeros_like(nearest, dtype=torch.bool)
     rows = torch.arange(0, unit.shape[0], -(-unit.shape[0] // _SAMPLE), device=unit.device)

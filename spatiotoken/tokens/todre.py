@@ -12,6 +12,7 @@ from spatiotoken.registry import Retention
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens.base import SaliencyReducer
 from spatiotoken.tokens.budgets import whole_share
+from spatiotoken.tokens.merging import waits_are_free
 
 _FEWEST, _MOST = 32, 256
 """Candidates that the search looks ahead by at a time; no matter for the result."""
@@ -27,15 +28,16 @@ def farthest_first(unit: Tensor, first: Tensor, count: int) -> Tensor:
 
     By cosine; ties go to the lowest index, those of copies of one token as far as rounding lets them tie.
 
-    Picking one by one reads all tokens once per pick. Here the search goes on among a few candidates, those farthest
-    now, for as long as it is certain that no other token can be the next, and only then are the others compared with
-    all that was picked: some thirty rounds for a quarter of 6000 tokens. Memory is ``O(N (D + 256))``; the host waits
-    for the device once per round.
+    Picking one by one reads all tokens once per pick. On a CPU the search goes on among a few candidates, those
+    farthest now, for as long as it is certain that no other token can be the next, and only then are the others
+    compared with all that was picked: some thirty rounds for a quarter of 6000 tokens. Memory is ``O(N (D + 256))``.
 
     Args:
         unit: ``[N, D]`` float32 tokens of length 1 (or 0).
         first: ``[1]`` index.
     """
+    if not waits_are_free(unit.device):
+        return _one_by_one(unit, first, count)
     picks, done, width = [first], 1, _FEWEST
     likeness = (unit @ unit.index_select(0, first)[0]).index_fill_(0, first, torch.inf)
     while done < count:
@@ -59,6 +61,17 @@ def farthest_first(unit: Tensor, first: Tensor, count: int) -> Tensor:
         likeness = torch.maximum(likeness, (unit @ unit[chosen].T).amax(dim=1)).index_fill_(0, chosen, torch.inf)
         picks.append(chosen)
         done, width = done + chosen.shape[0], min(max(_FEWEST, 2 * chosen.shape[0]), _MOST)
+    return torch.cat(picks)
+
+
+def _one_by_one(unit: Tensor, first: Tensor, count: int) -> Tensor:
+    # Picks stay tensors of one element: indexing with a bare one would make the host wait for the device each time.
+    picks = [first]
+    likeness = unit.new_full(unit.shape[:1], -torch.inf)
+    while len(picks) < count:
+        latest = unit @ unit.index_select(0, picks[-1])[0]
+        likeness = torch.maximum(likeness, latest).index_fill_(0, picks[-1], torch.inf)
+        picks.append(likeness.argmin(0, keepdim=True))
     return torch.cat(picks)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spatiotoken.tokens.budgets import apportion
-from spatiotoken.tokens.divprune import loneliest
+from spatiotoken.tokens.divprune import divprune_order, loneliest
 from spatiotoken.tokens.merging import (
     mean_by_assignment,
     nearest,
@@ -64,6 +64,16 @@ def test_loneliest_has_the_farthest_neighbour() -> None:
         unit = torch.nn.functional.normalize(torch.randn(size, 6, generator=torch.Generator().manual_seed(seed)), dim=1)
         likeness = (unit @ unit.T).fill_diagonal_(-torch.inf)
         assert loneliest(unit).tolist() == [int(likeness.amax(dim=1).argmin())]
+
+
+def test_without_waiting_the_search_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randn(900, 12, generator=torch.Generator().manual_seed(0))
+    expected = divprune_order(tokens, 300)
+    for module in ("divprune", "todre"):
+        monkeypatch.setattr(f"spatiotoken.tokens.{module}.waits_are_free", lambda device: False)
+    assert torch.equal(divprune_order(tokens, 300), expected)
+    assert divprune_order(torch.ones(5, 3), 5).tolist() == [0, 1, 2, 3, 4]
+    assert divprune_order(torch.ones(1, 3), 1).tolist() == [0]
 
 
 def test_shares_of_a_budget() -> None:
