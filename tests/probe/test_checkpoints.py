@@ -31,8 +31,6 @@ WANTED = {  # accuracy of the unpatched model on the whole test split
     "detail": 0.80,
 }
 SHORT = {
-    ("qwen2_5_vl", "order"),
-    ("qwen2_5_vl", "spatial"),
     ("llava_onevision", "attribute"),
     ("llava_onevision", "motion"),
     ("llava_onevision", "order"),
