@@ -160,7 +160,11 @@ class ModelAdapter(ABC):
 
     def arrange_views(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         """``[T, K]`` for each item, of ``values [views, K]``; only for towers with a CLS token or a pooling head."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how the views of its tower make up items")
+
+    def head_states(self, head: Any, hidden: Tensor) -> TowerStates:
+        """Query and keys of the pooling head for its input ``hidden [V, n, Dv]``; only where there is such a head."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its tower's pooling head attends")
 
     # -- attention of chosen rows --
 

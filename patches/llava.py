@@ -81,6 +81,15 @@ class Llava(ModelAdapter):
     def pooling_head(self, core: Any) -> nn.Module | None:
         return getattr(core.vision_tower, "head", None)
 
+    def head_states(self, head: Any, hidden: Tensor) -> TowerStates:
+        attention: nn.MultiheadAttention = head.attention
+        width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
+        query = nn.functional.linear(head.probe.expand(hidden.shape[0], -1, -1), weight[:width], bias[:width])
+        key = nn.functional.linear(hidden, weight[width : 2 * width], bias[width : 2 * width])
+        query, key = (states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in (query, key))
+        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+        return TowerStates(places, query, key, query.shape[-1] ** -0.5)
+
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         vision = core.config.vision_config
         side = vision.image_size // vision.patch_size

@@ -53,10 +53,12 @@ def at_places(items: tuple[Tensor, ...], places: Tensor) -> list[Tensor]:
     first = 0
     for count in counts[::times]:
         own: list[Tensor] = []
-        while sum(map(len, own)) < count:
-            own.append(items[first + len(own)])
+        while sum(map(len, own)) < count and first < len(items):
+            own.append(items[first])
+            first += 1
+        if sum(map(len, own)) != count:
+            raise ValueError("the features of the pictures do not fit the samples that they are said to belong to")
         found += own * times
-        first += len(own)
     return found
 
 

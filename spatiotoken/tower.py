@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatiotoken.patches.adapter import Encoding, ModelAdapter, TowerStates
+from spatiotoken.patches.adapter import Encoding, ModelAdapter
 from spatiotoken.tokens.base import Attention, SaliencyReducer, TokenReducer
 
 _WEIGHTS = 1 << 25
@@ -127,7 +127,8 @@ class TowerReader:
         if self.attention == "head":
             if self.head is None or seen.head_input is None:
                 raise RuntimeError("the pooling head of the tower did not run")
-            return _head_weights(self.head, seen.head_input).flatten()
+            part = self.adapter.head_states(self.head, seen.head_input)
+            return mean_weights(part.query, part.key, part.scale).flatten()
         module, hidden, arguments = seen.attention[index]
         states = self.adapter.tower_states(module, hidden, arguments)
         got = hidden.new_empty(_flat(hidden).shape[0], dtype=torch.float32)
@@ -175,18 +176,6 @@ def _resolve(wanted: Attention, reader: TowerReader) -> Attention:
     return wanted
 
 
-def _head_weights(head: Any, hidden: Tensor) -> Tensor:
-    """``[V, n]`` weights that SigLIP's pooling head gives the patches, averaged over its heads."""
-    attention: nn.MultiheadAttention = head.attention
-    width = attention.embed_dim
-    probe = head.probe.expand(hidden.shape[0], -1, -1)
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    query = nn.functional.linear(probe, weight[:width], bias[:width])
-    key = nn.functional.linear(hidden, weight[width : 2 * width], bias[width : 2 * width])
-    query, key = (states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in (query, key))
-    return mean_weights(query, key, query.shape[-1] ** -0.5)
-
-
 def _flat(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, -2)
 
@@ -213,4 +202,4 @@ def _catch_head(seen: _Seen) -> Any:
     return hook
 
 
-__all__ = ["ItemExtras", "TowerReader", "TowerStates", "mean_weights"]
+__all__ = ["ItemExtras", "TowerReader", "mean_weights"]

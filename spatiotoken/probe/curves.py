@@ -46,7 +46,7 @@ The probe models are small and know nothing but coloured shapes, so this page te
 how a released model would bear it. A frame has only 16 tokens, so methods that divide a frame finely have little to
 choose from. *Retention* is the share of visual tokens that the average decoder layer has, *evidence* the share of the
 visual tokens which show the answer that reach the last layer, by themselves or merged into others. `dense` reduces
-nothing. Answers are the most likely of a question's options. Intervals are 95 % bootstrap intervals over questions.
+nothing. Answers are chosen among a question's options. Intervals are 95 % bootstrap intervals over questions.
 A method stands with its own retention ratio in percent (`divprune-25`), which for `layers` is what remains after its
 layer, or with the settings that it has instead. Run with {machine}; times are in [benchmarks.md](benchmarks.md).
 

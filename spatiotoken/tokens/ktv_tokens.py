@@ -66,7 +66,7 @@ class KTVTokens(SaliencyReducer, method="ktv_tokens", paper="2602.03615"):
     saliency + (1 - rate) * (1 - redundancy)``, both over [0, 1] within its frame, redundancy being the summed cosine
     of its features before the projector to the others of its frame. Frames are ranked by the cosine of their mean
     embedding to the mean of ``question``; ``shares`` weigh the quotas of the first sixth, the middle and the last
-    sixth. Without a question all frames get the same.
+    sixth; equal shares give all frames the same.
 
     The authors' quotas for six or twelve frames of 576 tokens are such shares: (4, 2, 1) of 936 or 1872 tokens, (2, 1,
     1) of 504. Their frames are ranked by CLIP's text tower, and the saliency is the CLS token's dot product in the last
@@ -89,11 +89,9 @@ class KTVTokens(SaliencyReducer, method="ktv_tokens", paper="2602.03615"):
         count, shape = ktv_tokens_count(video.num_tokens, self.retention), (video.grid[0], video.tokens_per_frame)
         if count == video.num_tokens:
             return ReducedTokens.everything(video)
-        relevance, shares = video.frames.new_zeros(shape[0]), (1.0, 1.0, 1.0)
-        if video.question is not None:
-            mean = torch.nn.functional.normalize(video.frames.float().mean(dim=1), dim=-1)
-            relevance, shares = mean @ question_direction(video.question), self.shares
-        quotas = ktv_tokens_quotas(count, relevance, shape[1], shares)
+        mean = torch.nn.functional.normalize(video.frames.float().mean(dim=1), dim=-1)
+        relevance = mean @ question_direction(video.needed("question"))
+        quotas = ktv_tokens_quotas(count, relevance, shape[1], self.shares)
         hidden, saliency = video.needed("hidden").unflatten(0, shape), video.needed("saliency")[-1].view(shape)
         order = ktv_tokens_scores(hidden, saliency, self.rate).argsort(dim=1, descending=True, stable=True)
         return ReducedTokens.pruned(video, first_picks(order, quotas, shape[1], count))

@@ -101,7 +101,8 @@ def test_methods_keep_their_accuracy(model_type: str) -> None:
     assert now.keys() == then.keys() == set(methods()), "run `make record-probe`"
     for name, figures in now.items():
         for field, value in figures.items():
-            assert value == pytest.approx(then[name][field], abs=0.05), (name, field)  # two answers of 42
+            band = 0.05 if field == "accuracy" else 0.03  # two answers of 42
+            assert value == pytest.approx(then[name][field], abs=band), (name, field)
 
 
 @pytest.mark.parametrize("model_type", PROBE_MODEL_TYPES)

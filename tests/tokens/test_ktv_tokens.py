@@ -23,8 +23,9 @@ def test_authors_results() -> None:
             (frames, 1, places),
             saliency=logits.view(1, -1),
             hidden=features.flatten(0, 1),
+            question=torch.randn(3, 8),
         )
-        kept = KTVTokens(retention=count / places, rate=hyper["rate"]).reduce(clip).source
+        kept = KTVTokens(retention=count / places, rate=hyper["rate"], shares=(1, 1, 1)).reduce(clip).source
         expected = tensors["out.kept"].long() + places * torch.arange(frames)[:, None]
         assert torch.equal(kept, expected.flatten())
 
@@ -60,8 +61,9 @@ def test_frames_that_match_the_question_keep_more() -> None:
     kept = KTVTokens(retention=0.5).reduce(clip).source
     # All tokens are equally redundant, so the last, most salient ones stay.
     assert kept.tolist() == [5, 6, 7, 10, 11, 12, 13, 14, 15, 21, 22, 23]
-    unasked = VideoFeatures(frames.flatten(0, 1), (3, 2, 4), **parts)
-    assert torch.bincount(KTVTokens(retention=0.5).reduce(unasked).source // 8).tolist() == [4, 4, 4]
+    assert torch.bincount(KTVTokens(retention=0.5, shares=(1, 1, 1)).reduce(clip).source // 8).tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="come without question"):
+        KTVTokens(retention=0.5).reduce(VideoFeatures(frames.flatten(0, 1), (3, 2, 4), **parts))
 
 
 def test_rate_weighs_saliency_against_redundancy() -> None:
