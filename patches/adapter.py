@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from spatiotoken.attention.weights import row_weights
 from spatiotoken.registry import Registry
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -52,6 +55,33 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Temporal units of one video that are seen at one size.
+
+    Attributes:
+        units: which, rising.
+        scale: of their height and width, 1 for the full size.
+        mixing: ``[len(units), T]`` shares of all units in what is seen in the place of each; None for themselves alone.
+    """
+
+    units: tuple[int, ...]
+    scale: float = 1.0
+    mixing: Tensor | None = None
+
+    def taken(self, units: Tensor) -> Tensor:
+        """What is seen of ``units [T, ...]``."""
+        if self.mixing is None:
+            return units[list(self.units)]
+        mixing = self.mixing.to(units.device, torch.float32)
+        return (mixing @ units.flatten(1).float()).to(units.dtype).view(-1, *units.shape[1:])
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of their tokens, where a unit of full size has ``height * width``; never more than the share of the area."""
+        sides = (max(1, int(side * self.scale + 1e-6)) for side in (height, width))
+        return (len(self.units), *sides)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
 class TowerStates:
     """Queries and keys of a tower layer, of chunks of one length that attend to themselves alone.
 
@@ -85,6 +115,11 @@ class ModelAdapter(ABC):
     """Decoder layers add features of the tower by ``language_model._deepstack_process``."""
     trailing: ClassVar[tuple[int, ...]] = (0,)
     """How many tokens (such as a newline) may follow an item's grids in the features; no method touches them."""
+    parts_apart: ClassVar[bool] = False
+    """The parts of a video go through the tower as videos of their own, each at its size; else all at full size."""
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """By which the processors of released checkpoints normalise pixels; set anew where the processor is at hand."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,12 +148,27 @@ class ModelAdapter(ABC):
         return 1
 
     @abstractmethod
-    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
-        """``[T, F]`` cheap appearance features of each video's temporal units, from the pixels alone."""
+    def frame_patches(self, core: Any, encoding: Encoding) -> list[Tensor]:
+        """``[T, P, 3]`` mean colours, in 0..1, of the parts of each video's temporal units."""
 
     @abstractmethod
-    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        """``encoding`` with only the ``chosen`` temporal units of each video."""
+    def pictures(self, core: Any, encoding: Encoding) -> list[Tensor]:
+        """uint8 ``[T, 3, H, W]`` the first frame of each of a video's temporal units."""
+
+    @abstractmethod
+    def take_frames(
+        self, core: Any, encoding: Encoding, chosen: Sequence[Sequence[Part]]
+    ) -> list[tuple[dict[str, Any], int]]:
+        """``encoding`` with only the ``chosen`` parts of each video, one after the other.
+
+        Returns:
+            One for each call of the tower that they take, and how many of the videos are in it.
+        """
+
+    def colours(self, pixels: Tensor) -> Tensor:
+        """Normalised ``pixels [..., 3]`` as they were, float32 in 0..1."""
+        mean, std = (pixels.new_tensor(values, dtype=torch.float32) for values in (self.pixel_mean, self.pixel_std))
+        return (pixels.float() * std + mean).clamp(0, 1)
 
     def read(self, output: Any) -> list[Tensor]:
         """``[rows, D]`` features of all items, the projected ones first, then others of the same rows (deepstack)."""
@@ -237,9 +287,12 @@ def supported_models() -> str:
 
 __all__ = [
     "ADAPTERS",
+    "CLIP_MEAN",
+    "CLIP_STD",
     "Encoding",
     "Item",
     "ModelAdapter",
+    "Part",
     "Segment",
     "TowerStates",
     "find_adapter",

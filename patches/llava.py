@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, Segment, TowerStates
+from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, Segment, TowerStates
 
 
 class Llava(ModelAdapter):
@@ -33,20 +33,25 @@ class Llava(ModelAdapter):
         side = self.pooled_side(core)
         return [Item.of_grid((frames, side, side)) for _ in range(videos)]
 
-    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
+    def frame_patches(self, core: Any, encoding: Encoding) -> list[Tensor]:
         pixels = encoding["pixel_values_videos"].float()
         small = torch.nn.functional.adaptive_avg_pool2d(pixels.flatten(0, 1), 16)
-        return list(small.flatten(1).unflatten(0, pixels.shape[:2]))
+        return list(self.colours(small.flatten(2).transpose(1, 2)).unflatten(0, pixels.shape[:2]))
 
-    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        if len({len(indices) for indices in chosen}) > 1:
-            raise ValueError(
-                f"this model stacks videos, so each must keep as many frames; the frames stage chose {list(chosen)}"
-            )
-        pixels = encoding["pixel_values_videos"]
-        index = torch.tensor(chosen, device=pixels.device)
-        batch = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
-        return {**encoding, "pixel_values_videos": pixels[batch, index]}
+    def pictures(self, core: Any, encoding: Encoding) -> list[Tensor]:
+        colours = self.colours(encoding["pixel_values_videos"].movedim(2, -1)).movedim(-1, 2)
+        return list((255 * colours).round().to(torch.uint8))
+
+    def take_frames(
+        self, core: Any, encoding: Encoding, chosen: Sequence[Sequence[Part]]
+    ) -> list[tuple[dict[str, Any], int]]:
+        videos = [
+            torch.cat([part.taken(video) for part in parts])
+            for video, parts in zip(encoding["pixel_values_videos"], chosen, strict=True)
+        ]
+        # Videos are stacked, which takes as many frames of each.
+        stacks = [videos] if len({len(video) for video in videos}) == 1 else [[video] for video in videos]
+        return [({**encoding, "pixel_values_videos": torch.stack(stack)}, len(stack)) for stack in stacks]
 
     def read(self, output: Any) -> list[Tensor]:
         # [rows, D] each; LLaVA-NeXT-Video of transformers 5.17 keeps the frames of a video apart.
@@ -172,6 +177,8 @@ class LlavaNextVideo(Llava):
     """Videos are pooled before the projector and have no newline."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
+    pixel_mean = CLIP_MEAN
+    pixel_std = CLIP_STD
 
     def pooled_side(self, core: Any) -> int:
         vision = core.config.vision_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from spatiotoken.patches.adapter import Encoding, Item, ModelAdapter, TowerStates
+from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, TowerStates
 
 
 class QwenVL(ModelAdapter):
@@ -18,6 +18,9 @@ class QwenVL(ModelAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     remembers_rope: ClassVar[bool] = True
+    parts_apart: ClassVar[bool] = True
+    pixel_mean = CLIP_MEAN
+    pixel_std = CLIP_STD
 
     def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         merge = core.visual.spatial_merge_size
@@ -26,24 +29,55 @@ class QwenVL(ModelAdapter):
     def frames_per_unit(self, core: Any) -> int:
         return core.config.vision_config.temporal_patch_size
 
-    def frame_features(self, core: Any, encoding: Encoding) -> list[Tensor]:
-        pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
-        channels = core.config.vision_config.in_channels
-        # The mean colour of each patch: a patch row holds its channels one after the other.
-        colours = pixels.view(pixels.shape[0], channels, -1).mean(dim=-1, dtype=torch.float32)
-        videos = colours.split([t * h * w for t, h, w in grids])
-        return [video.reshape(grid[0], -1) for video, grid in zip(videos, grids, strict=True)]
+    def frame_patches(self, core: Any, encoding: Encoding) -> list[Tensor]:
+        # A row holds the channels of its patch one after the other.
+        rows = encoding["pixel_values_videos"].unflatten(1, (core.config.vision_config.in_channels, -1))
+        colours = self.colours(rows.mean(dim=-1, dtype=torch.float32))
+        return [video for video, _ in _videos(encoding, colours)]
 
-    def take_frames(self, core: Any, encoding: Encoding, chosen: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        pixels, grids = encoding["pixel_values_videos"], _grids(encoding, "video")
-        videos = pixels.split([t * h * w for t, h, w in grids])
-        units = [
-            video.view(grid[0], -1, video.shape[-1])[list(indices)].flatten(0, 1)
-            for video, grid, indices in zip(videos, grids, chosen, strict=True)
-        ]
-        grid_thw = encoding["video_grid_thw"].clone()
-        grid_thw[:, 0] = torch.tensor([len(indices) for indices in chosen])
-        return {**encoding, "pixel_values_videos": torch.cat(units), "video_grid_thw": grid_thw}
+    def pictures(self, core: Any, encoding: Encoding) -> list[Tensor]:
+        found = []
+        for video, grid in _videos(encoding, encoding["pixel_values_videos"]):
+            frames = self._frames(core, video, grid)[:, :1]
+            colours = self.colours(frames.movedim(2, -1)).movedim(-1, 2)
+            found.append((255 * colours).round().to(torch.uint8).flatten(0, 1))
+        return found
+
+    def take_frames(
+        self, core: Any, encoding: Encoding, chosen: Sequence[Sequence[Part]]
+    ) -> list[tuple[dict[str, Any], int]]:
+        merge, pixels, grids = core.visual.spatial_merge_size, [], []
+        for (video, (_, height, width)), parts in zip(
+            _videos(encoding, encoding["pixel_values_videos"]), chosen, strict=True
+        ):
+            for part in parts:
+                units = part.taken(video)
+                count, rows, columns = part.grid(height // merge, width // merge)
+                grids.append((count, rows * merge, columns * merge))
+                if grids[-1][1:] != (height, width):
+                    units = self._resized(core, units, (height, width), grids[-1][1:])
+                pixels.append(units.flatten(0, 1))
+        grid_thw = encoding["video_grid_thw"].new_tensor(grids)
+        return [({**encoding, "pixel_values_videos": torch.cat(pixels), "video_grid_thw": grid_thw}, len(chosen))]
+
+    def _resized(self, core: Any, units: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        """``units [n, patches, F]`` of ``old`` rows and columns of patches, at ``new``."""
+        patch, merge = core.config.vision_config.patch_size, core.visual.spatial_merge_size
+        frames = self._frames(core, units, (len(units), *old))
+        size = (new[0] * patch, new[1] * patch)
+        small = nn.functional.interpolate(frames.flatten(0, 1).float(), size, mode="bicubic", antialias=True)
+        small = small.to(units.dtype).unflatten(0, frames.shape[:2])
+        small = small.unflatten(4, (-1, merge, patch)).unflatten(3, (-1, merge, patch))
+        # [n, frames, C, rows, merge, patch, columns, merge, patch] as `_frames` took it apart
+        return small.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(units), new[0] * new[1], -1)
+
+    def _frames(self, core: Any, units: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """``[T, frames, C, H, W]`` normalised frames of the flattened patches ``[T, patches, F]``."""
+        vision, merge = core.config.vision_config, core.visual.spatial_merge_size
+        patch, together, channels = vision.patch_size, vision.temporal_patch_size, vision.in_channels
+        count, height, width = grid
+        blocks = units.view(count, height // merge, width // merge, merge, merge, channels, together, patch, patch)
+        return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(count, together, channels, height * patch, -1)
 
     def tower_layers(self, core: Any) -> list[nn.Module]:
         # Qwen2.5-VL's other blocks attend within windows.
@@ -84,6 +118,8 @@ class Qwen3VL(QwenVL):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     has_deepstack: ClassVar[bool] = True
+    pixel_mean = (0.5, 0.5, 0.5)
+    pixel_std = (0.5, 0.5, 0.5)
 
     def read(self, output: Any) -> list[Tensor]:
         return [*super().read(output), *(_joined(features) for features in output.deepstack_features)]
@@ -97,6 +133,13 @@ class Qwen3VL(QwenVL):
 
 def _grids(encoding: Encoding, kind: str) -> list[tuple[int, int, int]]:
     return [(t, h, w) for t, h, w in encoding[f"{kind}_grid_thw"].tolist()]
+
+
+def _videos(encoding: Encoding, rows: Tensor) -> list[tuple[Tensor, tuple[int, int, int]]]:
+    """``[T, H * W, ...]`` of each video, and its grid."""
+    grids = _grids(encoding, "video")
+    videos = rows.split([t * h * w for t, h, w in grids])
+    return [(video.unflatten(0, (grid[0], -1)), grid) for video, grid in zip(videos, grids, strict=True)]
 
 
 def _joined(features: Any) -> Tensor:

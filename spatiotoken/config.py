@@ -81,12 +81,15 @@ def load_config(config: str | Path | Mapping[str, Any] | PatchConfig, /, **overr
 
     Args:
         config: ``"divprune"`` is a preset, ``"divprune-10"`` the same at a retention of 10 %.
-        overrides: single keys to change, as ``**{"tokens.retention": 0.1}``. ``"tokens.method"`` swaps the method and
-            forgets the parameters of the one before; ``tokens=None`` removes the stage.
+        overrides: single keys to change, as ``**{"tokens.retention": 0.1}`` or ``**{"frames.scorer.kind": "clip"}``.
+            ``"tokens.method"`` swaps the method and forgets the parameters of the one before; ``tokens=None`` removes
+            the stage.
 
     Raises:
         ConfigError: with the key, the value and what is allowed.
     """
+    if isinstance(config, PatchConfig) and not overrides:
+        return config  # its methods need not be registered
     data = dict(config.to_dict() if isinstance(config, PatchConfig) else _read(config))
     # Whole stages first, then `stage.method`, which resets the parameters that the others set.
     for key, value in sorted(overrides.items(), key=lambda item: ("." in item[0], not item[0].endswith(".method"))):
@@ -105,16 +108,18 @@ def presets() -> dict[str, PatchConfig]:
 def config_schema() -> dict[str, Any]:
     """JSON schema of a config file, with every registered method, for editors."""
     schema = PatchConfig.model_json_schema()
-    schema.pop("$defs", None)
+    definitions: dict[str, Any] = {}
     for stage in STAGES:
         variants = []
         for name, method in sorted(METHODS[stage].items().items()):
             variant = method.model_json_schema()
+            definitions |= variant.pop("$defs", {})  # references in a variant are to the whole schema's
             variant["properties"] = {"method": {"const": name}} | variant.get("properties", {})
             variant["required"] = ["method"]
             variants.append(variant)
         description = schema["properties"][stage]["description"]
         schema["properties"][stage] = {"description": description, "anyOf": [*variants, {"type": "null"}]}
+    schema["$defs"] = definitions
     return schema
 
 
@@ -206,7 +211,12 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
     elif not settings:
         raise ConfigError(f"cannot set {key!r}: the config has no {stage} method; set '{stage}.method' too")
     else:
-        data[stage] = dict(settings) | {parameter: value}
+        name, _, inner = parameter.partition(".")
+        if inner:
+            whole = settings.get(name, {})
+            # A scorer may be given by its kind alone.
+            value = (dict(whole) if isinstance(whole, Mapping) else {"kind": whole}) | {inner: value}
+        data[stage] = dict(settings) | {name: value}
 
 
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
@@ -214,9 +224,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str) -> st
     for issue in error.errors(include_url=False):
         key = prefix + ".".join(map(str, issue["loc"]))
         if issue["type"] == "extra_forbidden":
-            allowed = ", ".join(model.model_fields) or "none"
-            if isinstance(model, type) and issubclass(model, Method):
-                allowed = f"of method {model.name!r}: {allowed}"
+            known: Any = model if len(issue["loc"]) == 1 else model.model_fields[str(issue["loc"][0])].annotation
+            allowed = ", ".join(known.model_fields) or "none"
+            if issubclass(known, Method):
+                allowed = f"of method {known.name!r}: {allowed}"
             lines.append(f"unknown key {key!r}; supported {allowed}")
         elif issue["type"] == "value_error":
             lines.append(issue["msg"].removeprefix("Value error, "))

@@ -47,14 +47,7 @@ class SequenceStages:
         text = self.language_model.config
         if (config.frames or config.tokens or config.layers) and _slides(text):
             raise ValueError("token reduction does not support sliding-window attention in the language model")
-        self.positions = config.tokens.positions if config.tokens else "keep"
-        supported = ("keep", "ppe") if adapter.remembers_rope else ("keep", "compact")
-        if self.positions not in supported:
-            kind = "M-RoPE" if adapter.remembers_rope else "1-D"
-            raise ValueError(
-                f"tokens.positions: {self.positions!r} does not work with this model's {kind} positions; supported: "
-                f"{', '.join(supported)}"
-            )
+        self.positions = _positions(config, adapter)
         # Beside a `layers` method, flash attention needs the decoder layers' arguments changed (see `layer`).
         self.wraps_layers = bool(self.between.prune_layers) or "flash" in str(text._attn_implementation)
 
@@ -262,3 +255,23 @@ def _check_evenly_pruned(cache: Any, prune_layers: tuple[int, ...]) -> None:
                 f"this KV cache was pruned before decoder layer {index} by another config: go on with the one that it "
                 "was made with"
             )
+
+
+def _positions(config: PatchConfig, adapter: ModelAdapter) -> str:
+    """What the stages want of the position ids of what is left.
+
+    Raises:
+        ValueError: they contradict each other, or the model's kind of positions.
+    """
+    kind, supported = ("M-RoPE", ("keep", "ppe")) if adapter.remembers_rope else ("1-D", ("keep", "compact"))
+    wanted = {}
+    for stage, method in (("frames", config.frames), ("tokens", config.tokens)):
+        if method is None:
+            continue
+        if method.positions not in supported:
+            raise ValueError(
+                f"{stage}.positions: {method.positions!r} does not work with this model's {kind} positions; supported: "
+                f"{', '.join(supported)}"
+            )
+        wanted[stage] = method.positions
+    return next((positions for positions in wanted.values() if positions != "keep"), "keep")

@@ -6,26 +6,26 @@ Whatever is left out, the features go on in their full length, survivors at thei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spatiotoken.candidates import Candidates
 from spatiotoken.config import PatchConfig
 from spatiotoken.layout import ATTRIBUTE, Layout
 from spatiotoken.patches.adapter import Item, ModelAdapter, Segment
+from spatiotoken.placement import Choice, parts_of, placement, pooled, reduced_item
 from spatiotoken.report import Recorder
 from spatiotoken.sequence import mark_dropped
-from spatiotoken.structures import Frames, VideoFeatures
+from spatiotoken.structures import VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
 from spatiotoken.tokens.merging import mean_by_assignment
-from spatiotoken.tower import ItemExtras, TowerReader
-
-Choice = list[tuple[int, ...]]
-"""Chosen temporal units of each video."""
+from spatiotoken.tower import ItemExtras, TowerReader, joined
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,51 @@ class Prompt:
     Attributes:
         input_ids: ``[B, L]``.
         valid: ``[B, L]`` False at padding; None if there is none.
+        seconds: of each video the length of a temporal unit; None where the model is not told.
     """
 
     input_ids: Tensor
     valid: Tensor | None
+    seconds: Sequence[float] | None = None
+
+
+@dataclass
+class _Encoded:
+    """What the tower and the projector made of all videos or images.
+
+    Attributes:
+        output: of the (first) call, in which the features go on.
+        items: what of it belongs to each.
+        features: ``[rows, D]`` as ``ModelAdapter.read`` gives them.
+        extras: what the tower was asked for, item by item.
+        trailing: rows that follow each item's grids.
+    """
+
+    output: Any
+    items: list[Item]
+    features: list[Tensor]
+    extras: list[ItemExtras]
+    trailing: int
 
 
 class FeatureStages:
     """Runs the two stages for one model.
 
+    Args:
+        processor: the model's, for frame selectors that read the question.
+
     Raises:
-        ValueError: the ``tokens`` method needs a part of the vision tower that the model lacks.
+        ValueError: a method needs a part of the vision tower that the model lacks, or the processor.
     """
 
-    def __init__(self, adapter: ModelAdapter, core: Any, config: PatchConfig) -> None:
+    def __init__(self, adapter: ModelAdapter, core: Any, config: PatchConfig, processor: Any = None) -> None:
         self.adapter = adapter
         self.core = core
         self.config = config
         self.reader: TowerReader | None = None
         if config.tokens is not None and config.tokens.needs - {"question"}:
             self.reader = TowerReader(adapter, core, config.tokens)
+        self.candidates = Candidates(adapter, core, config.frames, processor) if config.frames else None
 
     def run(
         self,
@@ -75,76 +100,142 @@ class FeatureStages:
             RuntimeError: features that do not lie as the adapter says.
         """
         full = self.adapter.items(self.core, kind, encoding)
-        chosen = self._choose_frames(encoding, full, recorder) if self.config.frames and kind == "video" else None
-        items = full
-        if chosen is not None:
-            encoding = self.adapter.take_frames(self.core, encoding, chosen)
-            items = self.adapter.items(self.core, kind, encoding)
-        with self.reader.reading() if self.reader else nullcontext() as seen:
-            output = encode(encoding)
-        features = self.adapter.read(output)
-        trailing = self._trailing(items, features[0].shape[0])
+        chosen = None
+        if self.candidates is not None and kind == "video":
+            chosen = self._choose_frames(encoding, full, encode, recorder, prompt)
+        encoded = self._encode(kind, encoding, full, chosen, encode)
+        features, trailing = encoded.features, encoded.trailing
+        device = features[0].device
+        sizes = [item.size + trailing for item in full]
         coordinates = None
         if self.config.layers and "coordinates" in self.config.layers.needs:
-            coordinates = _coordinates(full, trailing, features[0].device)
-        keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=features[0].device)
-        bearers = torch.arange(features[0].shape[0], device=features[0].device)
+            coordinates = _coordinates(full, trailing, device)
+        keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=device)
+        bearers = torch.arange(features[0].shape[0], device=device)
         if self.config.tokens:
             if not torch.isfinite(features[0]).all():
                 raise ValueError(f"the {kind} features contain NaN or infinity: nothing can be selected by them")
             with recorder.span("tokens"):
-                extras = [ItemExtras()] * len(items)
-                if self.reader and seen:
-                    extras = self.reader.extras(kind, encoding, seen)
-                questions: list[Tensor | None] = [None] * len(items)
+                questions: list[Tensor | None] = [None] * len(full)
                 if "question" in self.config.tokens.needs:
-                    questions = self._questions(kind, [item.size + trailing for item in full], prompt)
-                described = list(zip(items, extras, questions, strict=True))
-                features = reduce_tokens(self.config.tokens, features, keep, bearers, described, trailing, recorder)
+                    questions = list(self._questions(f"tokens method {self.config.tokens.name!r}", kind, sizes, prompt))
+                described = list(zip(encoded.items, encoded.extras, questions, strict=True))
+                joint = all(len(item.segments) == 1 for item in encoded.items) or kind == "image"
+                features = reduce_tokens(
+                    self.config.tokens, features, keep, bearers, described, trailing, recorder, joint=joint
+                )
         if chosen is not None:
-            place = _full_rows(full, chosen, trailing, keep.device)
-            total = sum(item.size + trailing for item in full)
-            features = [x.new_zeros(total, x.shape[1]).index_copy_(0, place, x) for x in features]
-            keep = keep.new_zeros(total).index_copy_(0, place, keep)
-            bearers = torch.where(bearers < 0, -1, place[bearers])
-            bearers = bearers.new_full((total,), -1).index_copy_(0, place, bearers)
+            lying = placement(full, chosen, trailing, device)
+            total = sum(sizes)
+            features = [x.new_zeros(total, x.shape[1]).index_copy_(0, lying.place, x) for x in features]
+            keep = keep.new_zeros(total).index_copy_(0, lying.place, keep)
+            # Who stands for a row, if anything does, and who stands for that after the `tokens` method.
+            borne = torch.where(lying.bearers < 0, -1, bearers[lying.bearers])
+            bearers = torch.where(borne < 0, -1, lying.place[borne])
         local = None
         if chosen is not None or self.config.tokens:
             features[0] = mark_dropped(features[0], keep)
-            sizes = [item.size + trailing for item in full]
-            self.adapter.write(output, features, sizes)
+            self.adapter.write(encoded.output, features, sizes)
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             parts = zip(bearers.split(sizes), starts, strict=True)
             local = tuple(torch.where(part < 0, -1, part - start) for part, start in parts)
         layout = Layout(local, coordinates)
         recorder.layouts[kind] = layout
-        setattr(output, ATTRIBUTE, layout)
-        return output
+        setattr(encoded.output, ATTRIBUTE, layout)
+        return encoded.output
 
-    def _choose_frames(self, encoding: dict[str, Any], items: list[Item], recorder: Recorder) -> Choice | None:
-        """Chosen temporal units of each video; None where every video keeps all."""
-        assert self.config.frames is not None
+    def _encode(
+        self,
+        kind: str,
+        encoding: dict[str, Any],
+        full: list[Item],
+        chosen: Choice | None,
+        encode: Callable[..., Any],
+    ) -> _Encoded:
+        """Run the tower on what was chosen."""
+        if chosen is None:
+            return self._encode_once(kind, encoding, full, [1] * len(full), encode)
+        calls, first = [], 0
+        for taken, count in self.adapter.take_frames(self.core, encoding, chosen):
+            own = chosen[first : first + count]
+            sizes = [len(parts) if self.adapter.parts_apart else 1 for parts in own]
+            items = [reduced_item(item, parts) for item, parts in zip(full[first : first + count], own, strict=True)]
+            if not self.adapter.parts_apart:
+                whole = self.adapter.items(self.core, kind, taken)
+                call = self._encode_once(kind, taken, whole, sizes, encode)
+                call = _pooled(call, full[first : first + count], own, items)
+            else:
+                call = self._encode_once(kind, taken, items, sizes, encode)
+            calls.append(call)
+            first += count
+        features = [torch.cat(values) for values in zip(*(call.features for call in calls), strict=True)]
+        items = [item for call in calls for item in call.items]
+        extras = [item for call in calls for item in call.extras]
+        return _Encoded(calls[0].output, items, features, extras, calls[0].trailing)
+
+    def _encode_once(
+        self, kind: str, encoding: dict[str, Any], items: list[Item], sizes: list[int], encode: Callable[..., Any]
+    ) -> _Encoded:
+        """
+        Args:
+            sizes: how many of the tower's own items make up each of ``items``.
+        """
+        with self.reader.reading() if self.reader else nullcontext() as seen:
+            output = encode(encoding)
+        features = self.adapter.read(output)
+        extras = [ItemExtras()] * len(items)
+        if self.reader and seen:
+            own = iter(self.reader.extras(kind, encoding, seen))
+            extras = [joined([next(own) for _ in range(size)]) for size in sizes]
+        return _Encoded(output, items, features, extras, self._trailing(items, features[0].shape[0]))
+
+    def _choose_frames(
+        self,
+        encoding: dict[str, Any],
+        items: list[Item],
+        encode: Callable[..., Any],
+        recorder: Recorder,
+        prompt: Prompt | None,
+    ) -> Choice | None:
+        """The parts of each video that are seen; None where every video keeps all as they are."""
+        assert self.candidates is not None
+        method = self.candidates.method
         with recorder.span("frames"):
-            chosen = []
-            for features in self.adapter.frame_features(self.core, encoding):
-                timestamps = torch.arange(features.shape[0], device=features.device, dtype=torch.float64)
-                chosen.append(self.config.frames.select(Frames(features, timestamps)).indices)
-        for units, item in zip(chosen, items, strict=True):
-            frames = item.segments[0].grid[0]
-            recorder.stage("frames", self.config.frames.name, item.size, item.size // frames * len(units))
-        if all(len(units) == item.segments[0].grid[0] for units, item in zip(chosen, items, strict=True)):
+            questions: Sequence[Tensor | None] = [None] * len(items)
+            if method.needs & {"relevance", "score"}:
+                asked = f"frames method {method.name!r}"
+                sizes = [item.size for item in items]
+                questions = self._question_ids(asked, "video", sizes, prompt)
+            seconds = prompt.seconds if prompt is not None else None
+            candidates = self.candidates.of(encoding, encode, questions, seconds)
+            choices = [method.select(frames) for frames in candidates]
+        chosen = [parts_of(choice) for choice in choices]
+        for parts, item in zip(chosen, items, strict=True):
+            recorder.stage("frames", method.name, item.size, reduced_item(item, parts).size)
+        if all(
+            choice.mixing is None
+            and set(choice.scales or (1,)) == {1}
+            and len(choice.indices) == item.segments[0].grid[0]
+            for choice, item in zip(choices, items, strict=True)
+        ):
             return None
-        recorder.frames = tuple(chosen)
+        recorder.frames = tuple(choice.indices for choice in choices)
         return chosen
 
-    def _questions(self, kind: str, sizes: list[int], prompt: Prompt | None) -> list[Tensor | None]:
-        """``[L, D]`` embeddings of the text after the last picture of each item's sample, of all its text if nothing
-        follows."""
-        assert self.config.tokens is not None
+    def _questions(self, asked: str, kind: str, sizes: list[int], prompt: Prompt | None) -> list[Tensor]:
+        """``[L, D]`` embeddings of ``_question_ids``."""
+        embed = self.core.get_input_embeddings()
+        return [embed(ids) for ids in self._question_ids(asked, kind, sizes, prompt)]
+
+    def _question_ids(self, asked: str, kind: str, sizes: list[int], prompt: Prompt | None) -> list[Tensor]:
+        """``[L]`` ids of the text after the last picture of each item's sample, of all its text if nothing follows.
+
+        Args:
+            asked: who needs them.
+        """
         if prompt is None:
             raise ValueError(
-                f"tokens method {self.config.tokens.name!r} needs the question: call the model, or `generate`, with "
-                "input_ids and pixels together"
+                f"{asked} needs the question: call the model, or `generate`, with input_ids and pixels together"
             )
         ids, core = prompt.input_ids, self.core.config
         text = core.get_text_config()
@@ -156,18 +247,16 @@ class FeatureStages:
         if prompt.valid is not None:
             words &= prompt.valid[:, -ids.shape[1] :].bool()
         after = words & (pictures.flip(1).cumsum(1).flip(1) == 0)
-        asked = torch.where(after.any(1, keepdim=True), after, words)
+        asking = torch.where(after.any(1, keepdim=True), after, words)
         own = ids == (core.video_token_id if kind == "video" else core.image_token_id)
         counts = own.sum(1).tolist()
         # Placeholders and features differ by newlines that are added later; items of one sample stand together.
         extra = (sum(counts) - sum(sizes)) // len(sizes)
-        embed = self.core.get_input_embeddings()
-        questions: list[Tensor | None] = []
+        questions: list[Tensor] = []
         for sample, count in enumerate(counts):
-            question = embed(ids[sample][asked[sample]]) if count else None
             while count > 0 and len(questions) < len(sizes):
                 count -= sizes[len(questions)] + extra
-                questions.append(question)
+                questions.append(ids[sample][asking[sample]])
         if len(questions) != len(sizes):
             raise ValueError(f"the prompt has placeholders for {len(questions)} {kind}s, not for {len(sizes)}")
         return questions
@@ -192,6 +281,8 @@ def reduce_tokens(
     items: list[tuple[Item, ItemExtras, Tensor | None]],
     trailing: int,
     recorder: Recorder,
+    *,
+    joint: bool = True,
 ) -> list[Tensor]:
     """Run a method on every grid of every item.
 
@@ -200,6 +291,7 @@ def reduce_tokens(
         keep: ``[rows]``, set to False where a token is dropped.
         bearers: ``[rows]``, set to the row that absorbed a token, -1 where none did.
         items: with what else the method may want to know of each.
+        joint: an item's grids are views of one picture.
 
     Returns:
         ``features`` with each survivor's value at the row of its source.
@@ -209,10 +301,12 @@ def reduce_tokens(
     for item, extras, question in items:
         local = [segment.rows(keep.device) for segment in item.segments]
         views = [
-            _view(features[0][start + rows], segment, rows, extras, question)
-            for segment, rows in zip(item.segments, local, strict=True)
+            _view(features[0][start + rows], segment, rows, of_segment, question)
+            for segment, rows, of_segment in zip(item.segments, local, _by_segment(item, extras), strict=True)
         ]
-        for view, rows, reduced in zip(views, local, method.reduce_views(views), strict=True):
+        # Views of one picture show the same in several sizes; parts of a video are different frames.
+        found = method.reduce_views(views) if joint else [method.reduce(view) for view in views]
+        for view, rows, reduced in zip(views, local, found, strict=True):
             rows, count = start + rows, reduced.source.shape[0]
             recorder.stage("tokens", method.name, view.num_tokens, count)
             if count == view.num_tokens:
@@ -245,6 +339,14 @@ def _coordinates(items: list[Item], trailing: int, device: torch.device) -> tupl
     return tuple(found)
 
 
+def _by_segment(item: Item, extras: ItemExtras) -> list[ItemExtras]:
+    """``extras`` with the summaries of the frames of each of an item's grids, where each has frames of its own."""
+    frames = [segment.grid[0] for segment in item.segments]
+    if extras.frame_features is None or len(extras.frame_features) != sum(frames):
+        return [extras] * len(frames)
+    return [replace(extras, frame_features=own) for own in extras.frame_features.split(frames)]
+
+
 def _view(
     embeddings: Tensor, segment: Segment, rows: Tensor, extras: ItemExtras, question: Tensor | None
 ) -> VideoFeatures:
@@ -260,13 +362,17 @@ def _view(
     )
 
 
-def _full_rows(full: list[Item], chosen: Choice, trailing: int, device: torch.device) -> Tensor:
-    """The rows of the full layout at which the features of the chosen frames stand."""
-    places, start = [], 0
-    for item, units in zip(full, chosen, strict=True):
-        segment = item.segments[0]
-        grid = start + segment.rows(device).view(segment.grid[0], -1)
-        places.append(grid[list(units)].flatten())
-        places.append(torch.arange(start + item.size, start + item.size + trailing, device=device))
-        start += item.size + trailing
-    return torch.cat(places)
+def _pooled(call: _Encoded, full: list[Item], chosen: Choice, items: list[Item]) -> _Encoded:
+    """``call``, in which all parts were encoded at full size, with each part at its own."""
+    if all(part.scale == 1 for parts in chosen for part in parts):
+        return call
+    bounds = [item.size + call.trailing for item in call.items]
+    features = [
+        torch.cat([pooled(rows, item, parts) for rows, item, parts in zip(x.split(bounds), full, chosen, strict=True)])
+        for x in call.features
+    ]
+    extras = [
+        extra.mapped(partial(pooled, item=item, parts=parts))
+        for extra, item, parts in zip(call.extras, full, chosen, strict=True)
+    ]
+    return _Encoded(call.output, items, features, extras, call.trailing)

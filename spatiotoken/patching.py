@@ -36,12 +36,20 @@ _HANDLE = "_spatiotoken"
 _ENCODING: ContextVar[bool] = ContextVar("spatiotoken_encoding", default=False)
 
 
-def patch_model(model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any) -> ModelT:
+def patch_model(
+    model: ModelT,
+    config: str | Path | Mapping[str, Any] | PatchConfig,
+    /,
+    *,
+    processor: Any = None,
+    **overrides: Any,
+) -> ModelT:
     """Make a model's inference cheaper, in place; the API of the model stays as it is.
 
     Args:
         model: a supported ``…ForConditionalGeneration``. A patched one is unpatched first.
         config: a preset's name, a YAML path, a dict or a ``PatchConfig``.
+        processor: the model's; only frame selectors that have the question read by a model of their own need it.
         overrides: single keys, as ``**{"tokens.retention": 0.25}``.
 
     Returns:
@@ -52,7 +60,7 @@ def patch_model(model: ModelT, config: str | Path | Mapping[str, Any] | PatchCon
     """
     resolved = load_config(config, **overrides)
     _check_patchable(model)
-    patch = _Patch(model, find_adapter(model), resolved)
+    patch = _Patch(model, find_adapter(model), resolved, processor)
     unpatch_model(model)
     patch.apply()
     return model
@@ -72,17 +80,22 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 @contextmanager
 def patched(
-    model: ModelT, config: str | Path | Mapping[str, Any] | PatchConfig, /, **overrides: Any
+    model: ModelT,
+    config: str | Path | Mapping[str, Any] | PatchConfig,
+    /,
+    *,
+    processor: Any = None,
+    **overrides: Any,
 ) -> Iterator[ModelT]:
     """Patch a model within a ``with`` block. Afterwards it is as before: unpatched, or with the patch that it had."""
     before = model.__dict__.get(_HANDLE)
-    patch_model(model, config, **overrides)
+    patch_model(model, config, processor=processor, **overrides)
     try:
         yield model
     finally:
         unpatch_model(model)
         if before is not None:
-            patch_model(model, before.config)
+            patch_model(model, before.config, processor=before.processor)
 
 
 def last_report(model: PreTrainedModel) -> ForwardReport:
@@ -102,12 +115,13 @@ def last_report(model: PreTrainedModel) -> ForwardReport:
 class _Patch:
     """Everything that is attached to one model."""
 
-    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, config: PatchConfig) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, config: PatchConfig, processor: Any) -> None:
         self.model = model
         self.adapter = adapter
         self.config = config
+        self.processor = processor
         self.core = adapter.core(model)
-        self.features = FeatureStages(adapter, self.core, config)
+        self.features = FeatureStages(adapter, self.core, config, processor)
         self.sequence = SequenceStages(adapter, model, config)
         self.attention: dispatch.SparseAttention | None = None
         if config.attention:
@@ -148,7 +162,8 @@ class _Patch:
                 self._wrap(self.model, "_prepare_position_ids_for_generation", self._position_ids)
             # Later versions of transformers encode pictures before the first forward, without the text.
             ahead = "_maybe_prepare_encoder_kwargs_for_generation"
-            if config.tokens and "question" in config.tokens.needs and hasattr(self.model, ahead):
+            asking = config.tokens and "question" in config.tokens.needs
+            if (asking or config.frames) and hasattr(self.model, ahead):
                 self._wrap(self.model, ahead, self._encode_ahead)
             between = sequence.between
             if sequence.wraps_layers:
@@ -199,7 +214,7 @@ class _Patch:
                 self._recall_rope(cache)
             elif arguments.get("position_ids") is None and self.adapter.remembers_rope:
                 self.core.rope_deltas = None  # those of another conversation
-            with self._prompt(arguments.get("input_ids"), arguments.get("attention_mask")):
+            with self._prompt(arguments.get("input_ids"), arguments):
                 output = original(**arguments, return_dict=True)
             cache = output.past_key_values
             if self.adapter.remembers_rope and cache is not None and (first or _has_pictures(arguments)):
@@ -265,15 +280,20 @@ class _Patch:
     # -- feature extractors --
 
     def _encode_ahead(self, original: Callable[..., Any], **arguments: Any) -> Any:
-        with self._prompt(arguments.get("inputs_tensor"), arguments["model_kwargs"].get("attention_mask")):
+        with self._prompt(arguments.get("inputs_tensor"), arguments["model_kwargs"]):
             return original(**arguments)
 
     @contextmanager
-    def _prompt(self, input_ids: Tensor | None, mask: Any) -> Iterator[None]:
+    def _prompt(self, input_ids: Tensor | None, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Remember the text for as long as pictures are encoded that belong to it."""
-        before = self.prompt
+        before, mask = self.prompt, arguments.get("attention_mask")
         if input_ids is not None and input_ids.ndim == 2 and not input_ids.is_floating_point():
-            self.prompt = Prompt(input_ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            seconds = arguments.get("second_per_grid_ts")
+            self.prompt = Prompt(
+                input_ids,
+                mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+                seconds.tolist() if isinstance(seconds, Tensor) else seconds,
+            )
         try:
             yield
         finally:

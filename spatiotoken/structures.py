@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,35 +115,83 @@ class ReducedTokens:
 class Frames:
     """Candidate frames as a selector sees them.
 
+    All but the first are there only if the selector asks for them (``FrameSelector.needs``).
+
     Attributes:
-        features: ``[T, F]`` float, cheap appearance features of each frame.
-        timestamps: ``[T]`` seconds; frame numbers where the model is not told the time.
+        timestamps: ``[T]`` seconds, rising; frame numbers where the model is not told the time.
+        features: ``[T, F]`` float32 what the scorer makes of each frame.
+        patches: ``[T, P, F]`` float32 what it makes of the parts of each frame.
+        relevance: ``[T]`` float32 how similar each frame is to the question.
+        score: makes the ``relevance`` of frames of these numbers, for those who want to pay for a few only.
     """
 
-    features: Tensor
     timestamps: Tensor
+    features: Tensor | None = None
+    patches: Tensor | None = None
+    relevance: Tensor | None = None
+    score: Callable[[Sequence[int]], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.features.ndim != 2 or self.timestamps.shape != self.features.shape[:1] or not self.features.shape[0]:
-            raise ValueError(
-                f"features {tuple(self.features.shape)} and timestamps {tuple(self.timestamps.shape)} "
-                "must be [T, F] and [T] with T >= 1"
-            )
+        if self.timestamps.ndim != 1 or not self.timestamps.shape[0]:
+            raise ValueError(f"timestamps {tuple(self.timestamps.shape)} must be [T] with T >= 1")
+        for name, dims in (("features", 2), ("patches", 3), ("relevance", 1)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.ndim != dims or value.shape[0] != self.num_frames:
+                raise ValueError(f"{name} {tuple(value.shape)} do not belong to {self.num_frames} frames")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} of the frames contain NaN or infinity: nothing can be selected by them")
 
     @property
     def num_frames(self) -> int:
-        return self.features.shape[0]
+        return self.timestamps.shape[0]
+
+    def needed(self, name: str) -> Tensor:
+        """A value that the selector has asked for.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"these frames come without {name}, which the selector needs")
+        return value
 
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """Indices of the chosen frames, strictly increasing."""
+    """Which frames are seen, and how.
+
+    Attributes:
+        indices: of the ``K`` chosen frames, strictly increasing.
+        scales: of each of these its height and width as a share of the full size; all are full if there are none.
+        mixing: ``[K, T]`` float32, rows of sum 1: shares of all candidates in the picture that is seen in the place of
+            each chosen frame; by default each stands for itself.
+        scores: ``[T]`` what the candidates were ranked by, for people to look at.
+    """
 
     indices: tuple[int, ...]
+    scales: tuple[float, ...] | None = None
+    mixing: Tensor | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.indices or any(a >= b for a, b in zip(self.indices, self.indices[1:], strict=False)):
             raise ValueError(f"chosen frames must be at least one and strictly increasing, got {self.indices}")
+        if self.scales is not None and (
+            len(self.scales) != len(self.indices) or not all(0 < scale <= 1 for scale in self.scales)
+        ):
+            raise ValueError(f"scales must be one in (0, 1] for each of {len(self.indices)} frames, got {self.scales}")
+        if self.mixing is not None and (self.mixing.ndim != 2 or self.mixing.shape[0] != len(self.indices)):
+            raise ValueError(
+                f"mixing {tuple(self.mixing.shape)} must have a row for each of {len(self.indices)} frames"
+            )
+
+    @classmethod
+    def everything(cls, frames: Frames) -> FrameChoice:
+        """All frames, as they are."""
+        return cls(tuple(range(frames.num_frames)))
 
 
 @dataclass(frozen=True)

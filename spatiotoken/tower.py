@@ -7,7 +7,7 @@ chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,26 @@ class ItemExtras:
     hidden: Tensor | None = None
     keys: Tensor | None = None
     frame_features: Tensor | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> ItemExtras:
+        """With ``change``, from ``[rows, K]`` to ``[other rows, K]``, done to all that belongs to tokens."""
+        return ItemExtras(
+            None if self.saliency is None else change(self.saliency.T).T,
+            None if self.hidden is None else change(self.hidden),
+            None if self.keys is None else change(self.keys),
+            self.frame_features,
+        )
+
+
+def joined(parts: Sequence[ItemExtras]) -> ItemExtras:
+    """Of several items as if they were one, their rows one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    found: dict[str, Tensor | None] = {}
+    for name, dim in (("saliency", 1), ("hidden", 0), ("keys", 0), ("frame_features", 0)):
+        values = [value for part in parts if (value := getattr(part, name)) is not None]
+        found[name] = torch.cat(values, dim=dim) if values else None
+    return ItemExtras(**found)
 
 
 @dataclass
@@ -202,4 +222,4 @@ def _catch_head(seen: _Seen) -> Any:
     return hook
 
 
-__all__ = ["ItemExtras", "TowerReader", "mean_weights"]
+__all__ = ["ItemExtras", "TowerReader", "joined", "mean_weights"]

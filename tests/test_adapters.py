@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spatiotoken import load_video, patched
 from spatiotoken.frames.kmeans import KMeans
-from spatiotoken.patches.adapter import Segment, find_adapter
+from spatiotoken.patches.adapter import Part, Segment, find_adapter
 from tests.conftest import DATA, QUESTION, Family
 
 SHAPES = [(84, 84), (60, 200), (200, 60), (300, 310), (90, 100)]
@@ -74,7 +74,8 @@ def test_chosen_frames_have_the_features_they_have_alone(family: Family) -> None
     encoding = encoding_of(family, "video", inputs)
     full, items = features_of(family, "video", encoding), adapter.items(core, "video", encoding)
     chosen = [(0, 2), (1, 3)]
-    taken = adapter.take_frames(core, encoding, chosen)
+    ((taken, count),) = adapter.take_frames(core, encoding, [[Part(units)] for units in chosen])
+    assert count == 2
     part = features_of(family, "video", taken)
     start = start_part = 0
     trailing = (len(full) - sum(item.size for item in items)) // len(items)
@@ -87,7 +88,7 @@ def test_chosen_frames_have_the_features_they_have_alone(family: Family) -> None
         start_part += part_item.size + trailing
 
 
-def test_frame_features_follow_the_picture(family: Family) -> None:
+def test_frame_patches_follow_the_picture(family: Family) -> None:
     """Equal frames have equal features, and a cut between two scenes is the largest step."""
     still, moving = (
         family.video("nasa", 1)[0].expand(4, -1, -1, -1),
@@ -102,7 +103,9 @@ def test_frame_features_follow_the_picture(family: Family) -> None:
     inputs = family.processor(
         text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
     )
-    (features,) = find_adapter(family.model).frame_features(family.model.model, encoding_of(family, "video", inputs))
+    (patches,) = find_adapter(family.model).frame_patches(family.model.model, encoding_of(family, "video", inputs))
+    features = patches.flatten(1)
+    assert patches.shape[2] == 3 and 0 <= float(patches.min()) and float(patches.max()) <= 1
     steps = (features[1:] - features[:-1]).norm(dim=1)
     units = len(features)
     assert steps.argmax() == units // 2 - 1

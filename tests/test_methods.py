@@ -92,7 +92,7 @@ def test_uniform_indices() -> None:
     assert uniform_indices(10, 5) == (1, 3, 5, 7, 9)
     assert uniform_indices(3, 8) == (0, 1, 2)
     assert uniform_indices(7, 1) == (3,)
-    frames = Frames(torch.zeros(9, 2), torch.arange(9.0))
+    frames = Frames(torch.arange(9.0), torch.zeros(9, 2))
     assert Uniform(num_frames=3).select(frames) == FrameChoice((1, 4, 7))
 
 
@@ -111,7 +111,7 @@ def test_kmeans_finds_the_scenes() -> None:
 
 
 def test_kmeans_gives_as_many_as_asked_of_a_still_picture() -> None:
-    still = Frames(torch.ones(9, 4), torch.arange(9.0))
+    still = Frames(torch.arange(9.0), torch.ones(9, 4))
     assert len(KMeans(num_frames=4).select(still).indices) == 4
     assert KMeans(num_frames=9).select(still).indices == tuple(range(9))
 
@@ -193,4 +193,4 @@ def test_bad_values_are_refused() -> None:
     with pytest.raises(ValueError, match="increasing"):
         FrameChoice(())
     with pytest.raises(ValueError, match="T >= 1"):
-        Frames(torch.zeros(0, 3), torch.zeros(0))
+        Frames(torch.zeros(0), torch.zeros(0, 3))

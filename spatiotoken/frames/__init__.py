@@ -1,5 +1,6 @@
 """Methods of the `frames` stage, one file each."""
 
-from spatiotoken.frames.base import FrameSelector
+from spatiotoken.frames.base import FrameSelector, ScoredSelector
+from spatiotoken.frames.scorer import Scorer
 
-__all__ = ["FrameSelector"]
+__all__ = ["FrameSelector", "ScoredSelector", "Scorer"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from spatiotoken.frames.base import FrameSelector
+from spatiotoken.frames.base import ScoredSelector
+from spatiotoken.frames.clustering import cluster_means, nearest_members
 from spatiotoken.structures import FrameChoice, Frames
 
 
@@ -21,19 +24,9 @@ def kmeans_keyframes(features: Tensor, count: int, iterations: int) -> Tensor:
     """
     points = features.float()
     centres = points[_farthest_points(points, count)]
-    ones = points.new_ones(points.shape[0], 1)
     for _ in range(iterations):
-        nearest = torch.cdist(points, centres).argmin(dim=1)
-        total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        members = ones.new_zeros(count, 1).index_add_(0, nearest, ones)
-        centres = torch.where(members > 0, total / members.clamp(min=1), centres)
-    distance = torch.cdist(points, centres)
-    keyframes = []
-    for cluster in range(count):
-        keyframes.append(distance[:, cluster].argmin(0, keepdim=True))
-        # A frame stands for one cluster only, even where two centres coincide.
-        distance.index_fill_(0, keyframes[-1], torch.inf)
-    return torch.cat(keyframes).sort().values
+        centres = cluster_means(points, torch.cdist(points, centres).argmin(dim=1), centres)
+    return nearest_members(points, centres)
 
 
 def _farthest_points(points: Tensor, count: int) -> Tensor:
@@ -47,18 +40,23 @@ def _farthest_points(points: Tensor, count: int) -> Tensor:
     return torch.cat(order)
 
 
-class KMeans(FrameSelector, method="kmeans"):
-    """Question-agnostic keyframes: k-means over cheap frame features, the member nearest each centre.
+class KMeans(ScoredSelector, method="kmeans"):
+    """Question-agnostic keyframes: k-means over frame features, the member nearest each centre.
 
-    The features are what the pixels themselves say (downsampled colours), so no model is run for the choice. Works on
-    a patched model's input and, as the ``selector`` of ``load_video``, while a file is decoded. A video with no more
-    frames than ``num_frames`` is left whole.
+    By default the features are what the pixels themselves say (downsampled colours), so no model is run for the choice.
+    Nothing in it is random. A video with no more frames than ``num_frames`` is left whole.
     """
 
-    num_frames: int = Field(16, ge=1, description="how many keyframes are kept at most")
+    kind: ClassVar[str] = "question-agnostic"
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    complexity: ClassVar[str] = "O(T K F) per round"
+    fidelity: ClassVar[str] = "our own method"
+
+    num_frames: int = Field(16, ge=1, description="how many frames are kept at most")
     iterations: int = Field(10, ge=1, le=100, description="rounds of Lloyd's algorithm")
 
     def select(self, frames: Frames) -> FrameChoice:
         if frames.num_frames <= self.num_frames:
-            return FrameChoice(tuple(range(frames.num_frames)))
-        return FrameChoice(tuple(kmeans_keyframes(frames.features, self.num_frames, self.iterations).tolist()))
+            return FrameChoice.everything(frames)
+        chosen = kmeans_keyframes(frames.needed("features"), self.num_frames, self.iterations)
+        return FrameChoice(tuple(chosen.tolist()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import ClassVar
 
 from spatiotoken.frames.base import FrameSelector
 from spatiotoken.structures import FrameChoice, Frames
@@ -17,11 +17,12 @@ def uniform_indices(num_frames: int, count: int) -> tuple[int, ...]:
 class Uniform(FrameSelector, method="uniform"):
     """Frames at equal distances: the middle of each of ``num_frames`` equal parts.
 
-    Inside a patched model a "frame" is what the vision tower makes one token grid of: two video frames in the
-    Qwen-VL families, one in the LLaVA families. A video with no more frames than that is left whole.
+    A video with no more frames than that is left whole.
     """
 
-    num_frames: int = Field(32, ge=1, description="how many frames are kept at most")
+    kind: ClassVar[str] = "equal distances"
+    complexity: ClassVar[str] = "O(K)"
+    fidelity: ClassVar[str] = "baseline"
 
     def select(self, frames: Frames) -> FrameChoice:
         return FrameChoice(uniform_indices(frames.num_frames, self.num_frames))
