@@ -14,16 +14,33 @@ import torch
 
 from spatiotoken.attention import sliding_vertical
 from spatiotoken.config import PatchConfig, load_config
+from spatiotoken.frames import FrameSelector
 from spatiotoken.layers.fastv import FastV
 from spatiotoken.layers.framefusion import FrameFusion
 from spatiotoken.registry import METHODS
-from spatiotoken.structures import LayerReduction, LayerTokens, ReducedTokens, VideoFeatures
+from spatiotoken.structures import FrameChoice, Frames, LayerReduction, LayerTokens, ReducedTokens, VideoFeatures
 from spatiotoken.tokens import TokenReducer
 
 KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("frames", "uniform"): {"num_frames": 1000},
     ("frames", "kmeans"): {"num_frames": 1000},
+    ("frames", "aks"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "date_tass"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "dcode"): {"num_frames": 1000, "scorer": "pixels"},
+    ("frames", "dpp"): {"num_frames": 1000},
+    ("frames", "f2c"): {"num_frames": 1000, "full_frames": 1000, "scorer": "tower"},
+    ("frames", "fps"): {"num_frames": 1000, "rate": 1000.0},
+    ("frames", "kffocus"): {"num_frames": 1000},
+    ("frames", "ktv"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "longvu"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "mdp3"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "slow_fast"): {"num_frames": 1000, "fast_share": 1.0},
+    ("frames", "tifre"): {"num_frames": 1000, "scorer": "tower"},
+    ("frames", "ts_llava"): {"num_frames": 1000},
+    ("frames", "tstar"): {"num_frames": 1000, "scorer": "tower"},
     ("tokens", "random"): {"retention": 1.0},
+    ("tokens", "dcode_tokens"): {"retention": 1.0, "threshold": 1.0},
+    ("tokens", "ts_llava_tokens"): {"retention": 1.0},
     ("tokens", "downsample"): {"retention": 1.0},
     ("tokens", "divprune"): {"retention": 1.0},
     ("tokens", "evs"): {"retention": 1.0},
@@ -59,7 +76,23 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
 REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("frames", "uniform"): {"num_frames": 2},
     ("frames", "kmeans"): {"num_frames": 2},
+    ("frames", "aks"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "date_tass"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "dcode"): {"num_frames": 2, "scorer": "pixels"},
+    ("frames", "dpp"): {"num_frames": 2},
+    ("frames", "f2c"): {"num_frames": 3, "full_frames": 1, "scorer": "tower"},
+    ("frames", "fps"): {"num_frames": 2, "rate": 1000.0},
+    ("frames", "kffocus"): {"num_frames": 2},
+    ("frames", "ktv"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "longvu"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "mdp3"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "slow_fast"): {"num_frames": 3, "threshold": 0.5},
+    ("frames", "tifre"): {"num_frames": 2, "scorer": "tower"},
+    ("frames", "ts_llava"): {"num_frames": 2},
+    ("frames", "tstar"): {"num_frames": 2, "scorer": "tower"},
     ("tokens", "random"): {"retention": 0.3},
+    ("tokens", "dcode_tokens"): {"retention": 0.4},
+    ("tokens", "ts_llava_tokens"): {"retention": 0.3},
     ("tokens", "downsample"): {"retention": 0.3},
     ("tokens", "divprune"): {"retention": 0.3},
     ("tokens", "evs"): {"retention": 0.4},
@@ -141,6 +174,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fused: dict[int, LayerReduction] = {}
     reduced: dict[Any, ReducedTokens] = {}
     originals: dict[type, Any] = {}
+    picked: dict[Any, FrameChoice] = {}
+    selects: dict[type, Any] = {}
     select, attend = FastV.select, sliding_vertical.SlidingVertical.attend
     chosen: list[torch.Tensor] = []
     columns: dict[int, torch.Tensor] = {}
@@ -161,6 +196,14 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if key not in reduced:
             reduced[key] = originals[type(self)](self, video)
         return reduced[key]
+
+    def pick_once(self: FrameSelector, frames: Frames) -> FrameChoice:
+        # Videos are told apart by what the tower makes of them, which no question changes.
+        features = frames.features if frames.features is not None else frames.timestamps
+        key = (frames.num_frames, float(features.double().sum()))
+        if key not in picked:
+            picked[key] = selects[type(self)](self, frames)
+        return picked[key]
 
     def attend_once(self: Any, query: Any, key: Any, value: Any, key_valid: Any, scale: float) -> torch.Tensor:
         layer = calls["layer"] % 4
@@ -193,6 +236,10 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if issubclass(method, TokenReducer) and "question" in method.needs:
             originals[method] = method.reduce
             monkeypatch.setattr(method, "reduce", reduce_once)
+    for method in METHODS["frames"].items().values():
+        if issubclass(method, FrameSelector) and method.needs & {"relevance", "score"}:
+            selects[method] = method.select
+            monkeypatch.setattr(method, "select", pick_once)
     monkeypatch.setattr(sliding_vertical.SlidingVertical, "attend", attend_once)
     yield
     monkeypatch.undo()
