@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from spatiotoken.patches.adapter import ADAPTERS, find_adapter
 from spatiotoken.patching import last_report
+from spatiotoken.prompts import inject_timestamps
 from spatiotoken.report import ForwardReport
 from spatiotoken.video import Video
 
@@ -154,9 +155,18 @@ def prepare_batch(
 
 
 def answer_video(
-    model: PreTrainedModel, processor: Any, video: Video, question: str, *, max_new_tokens: int = 64
+    model: PreTrainedModel,
+    processor: Any,
+    video: Video,
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    timestamps: bool = False,
 ) -> Answer:
     """Ask a patched model (by ``dense`` to reduce nothing), with greedy decoding.
+
+    Args:
+        timestamps: tell the time of each frame in words before it (``prompts.inject_timestamps``).
 
     Raises:
         PromptError: the processor refuses question or video.
@@ -164,6 +174,8 @@ def answer_video(
     """
     try:
         inputs = prepare_inputs(processor, video.frames, question, video_metadata(video))
+        if timestamps:
+            inputs = inject_timestamps(inputs, processor, model.config, [video.timestamps.tolist()])
     except ValueError as error:
         raise PromptError(f"the model's processor refuses this prompt: {' '.join(str(error).split())}") from error
     inputs = inputs.to(model.device, model.dtype)

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from spatiotoken.answer import Answer
     from spatiotoken.config import PatchConfig
     from spatiotoken.probe.dataset import Example
-    from spatiotoken.video import Video
+    from spatiotoken.video import Selection, Video
 
 DEFAULT_FRAMES = 64
 PROBE_MODEL = "qwen2_5_vl"
@@ -63,6 +64,11 @@ app = typer.Typer(
 _Config = Annotated[str, typer.Argument(help="a preset's name or the path of a .yaml file")]
 _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="change a key of the config; repeatable")
+]
+_CandidateFps = Annotated[float, typer.Option(help="frames a second that a frames method chooses among in a file")]
+_KeyframesOnly = Annotated[
+    bool,
+    typer.Option("--keyframes-only", help="choose among the file's key frames, which is several times as fast"),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 
@@ -139,14 +145,25 @@ def run(
     example: Annotated[int, typer.Option(min=0, help="number of the question, where a video is made")] = 0,
     num_frames: Annotated[
         int | None,
-        typer.Option(min=1, help=f"frames to read; by default {DEFAULT_FRAMES}, or all if the video has fewer"),
+        typer.Option(
+            min=1,
+            help="frames to read, at equal distances. By default those that the config's frames method chooses while "
+            f"the file is decoded; without one {DEFAULT_FRAMES}, or all if the video has fewer",
+        ),
     ] = None,
+    candidate_fps: _CandidateFps = 1.0,
+    keyframes_only: _KeyframesOnly = False,
+    timestamps: Annotated[
+        bool, typer.Option(help="tell each frame's time in words, for models that are not told it (LLaVA)")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 64,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")] = "auto",
     as_json: _Json = False,
 ) -> None:
     """Ask a question about a video. Without one: a made video, asked of the unpatched and of the patched model."""
+    from spatiotoken.video import load_video
+
     resolved = _resolve(config, settings)
     if video is None and (model is not None or question is not None):
         raise _USAGE_ERROR("--video is missing: only without --model and --question is a video made")
@@ -160,17 +177,28 @@ def run(
         if video is None or question is None:
             video, made = _make_video(directory, example)
             question = made.question
-        with _bad_input(*_video_errors()), _status("reading the video"):
-            frames = _read(video, num_frames)
+        inside = resolved  # what is left for the model to do
+        with _bad_input(ValueError, *_video_errors()), _status("reading the video"):
+            if made is None and num_frames is None and _selects_while_decoding(resolved):
+                frames = load_video(
+                    video,
+                    selector=resolved.frames,
+                    question=question,
+                    candidate_fps=candidate_fps,
+                    keyframes_only=keyframes_only,
+                )
+                inside = resolved.model_copy(update={"frames": None})
+            else:
+                frames = _read(video, num_frames)
         loaded, processor = _load(model or PROBE_MODEL, dtype, device)
         if model is None and made is None:
             print("no --model given: using a small one that knows nothing but coloured shapes", file=sys.stderr)
         if made is not None:
             # First passes are slow, and these times are to be compared.
             for asked in (resolved, _resolve("dense", None)):
-                before = _answer(loaded, processor, asked, frames, question, max_new_tokens)
-            before = _answer(loaded, processor, _resolve("dense", None), frames, question, max_new_tokens)
-        answer = _answer(loaded, processor, resolved, frames, question, max_new_tokens)
+                before = _answer(loaded, processor, asked, frames, question, max_new_tokens, timestamps)
+            before = _answer(loaded, processor, _resolve("dense", None), frames, question, max_new_tokens, timestamps)
+        answer = _answer(loaded, processor, inside, frames, question, max_new_tokens, timestamps)
     if as_json:
         document = {"config": {"name": config} | resolved.to_dict(), "model_type": loaded.config.model_type}
         if made is not None and before is not None:
@@ -182,6 +210,61 @@ def run(
     else:
         print(answer.text)
         _stdout().print(tables.report_table(answer, config))
+
+
+@app.command()
+def frames(
+    video: Annotated[str, typer.Option(help="video file")],
+    config: Annotated[str, typer.Option(help="a preset with a frames method, or the path of a .yaml file")] = "kmeans",
+    settings: _Set = None,
+    question: Annotated[str | None, typer.Option(help="what is asked, for methods that compare frames with it")] = None,
+    candidate_fps: _CandidateFps = 1.0,
+    keyframes_only: _KeyframesOnly = False,
+    sheet: Annotated[Path | None, typer.Option(help="picture file for a contact sheet with a timeline")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Choose frames of a video file and say which: indices, seconds and scores."""
+    from spatiotoken.video import select_frames
+
+    resolved = _resolve(config, settings)
+    method = resolved.frames
+    if method is None:
+        raise _USAGE_ERROR(f"config {config!r} has no frames method")
+    with contextlib.redirect_stdout(sys.stderr), _bad_input(ValueError, *_video_errors()), _status("choosing frames"):
+        _quiet_libraries()
+        selection = select_frames(
+            video, method, question=question, candidate_fps=candidate_fps, keyframes_only=keyframes_only
+        )
+        if sheet is not None:
+            _save_sheet(selection, sheet)
+    if as_json:
+        document = {"config": {"name": config} | resolved.to_dict(), "video": asdict(selection.metadata)}
+        print(json.dumps(document | _selection_json(selection), indent=2))
+    else:
+        _stdout().print(tables.selection_table(selection, config))
+
+
+def _selection_json(selection: Selection) -> dict[str, Any]:
+    choice = selection.choice
+    scales = choice.scales or (1.0,) * len(choice.indices)
+    rows = []
+    for at, scale in zip(choice.indices, scales, strict=True):
+        score = None if choice.scores is None else float(choice.scores[at])
+        rows.append(
+            {"index": selection.candidates[at], "seconds": selection.seconds[at], "score": score, "scale": scale}
+        )
+    return {"candidates": len(selection.candidates), "frames": rows}
+
+
+def _save_sheet(selection: Selection, path: Path) -> None:
+    from spatiotoken.video import load_thumbnails
+    from spatiotoken.viz.sheet import save_sheet
+
+    thumbnails = load_thumbnails(selection.metadata.path, selection.indices, short_side=112)
+    try:
+        save_sheet(selection, thumbnails, path)
+    except OSError as error:
+        raise _USAGE_ERROR(f"cannot write --sheet {str(path)!r}: {error}") from error
 
 
 @app.command()
@@ -276,21 +359,37 @@ def _make_video(directory: str, number: int) -> tuple[str, Example]:
 
 
 def _answer(
-    model: PreTrainedModel, processor: Any, config: PatchConfig, video: Video, question: str, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: Any,
+    config: PatchConfig,
+    video: Video,
+    question: str,
+    max_new_tokens: int,
+    timestamps: bool,
 ) -> Answer:
     from spatiotoken.answer import PromptError, answer_video
     from spatiotoken.patching import patch_model
 
     with _bad_input(ValueError):
-        patch_model(model, config)
+        patch_model(model, config, processor=processor)
     with _bad_input(PromptError), _status("generating the answer"):
-        return answer_video(model, processor, video, question, max_new_tokens=max_new_tokens)
+        return answer_video(model, processor, video, question, max_new_tokens=max_new_tokens, timestamps=timestamps)
 
 
 def _read(path: str, num_frames: int | None) -> Video:
     from spatiotoken.video import load_video, probe_video
 
     return load_video(path, num_frames=num_frames or min(DEFAULT_FRAMES, probe_video(path).num_frames))
+
+
+def _selects_while_decoding(config: PatchConfig) -> bool:
+    """Frames of several sizes, and those that the model's own tower describes, are chosen inside the model."""
+    from spatiotoken.frames import ScoredSelector
+
+    method = config.frames
+    if method is None or method.kind == "several sizes":
+        return False
+    return not (isinstance(method, ScoredSelector) and method.scorer.kind == "tower")
 
 
 def _load(model: str, dtype_name: str, device_name: str) -> tuple[PreTrainedModel, Any]:

@@ -9,6 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from spatiotoken.answer import Answer
     from spatiotoken.probe.evaluate import ProbeResult, ProbeRun
+    from spatiotoken.video import Selection
 
 
 def report_table(answer: Answer, config: str) -> Table:
@@ -22,6 +23,21 @@ def report_table(answer: Answer, config: str) -> Table:
     table.add_row("prompt, its visual tokens reduced", str(prompt), str(kept), f"{report.prefill_ms:.1f}")
     table.add_row("decoding", "", str(report.decode_steps), f"{report.decode_ms:.1f}")
     table.caption = f"{len(answer.frame_indices)} frames seen, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
+    return table
+
+
+def selection_table(selection: Selection, config: str) -> Table:
+    """Frames chosen in a file."""
+    choice, about = selection.choice, selection.metadata
+    several = len(set(choice.scales or ())) > 1
+    titles = ["frame", "seconds", *([] if choice.scores is None else ["score"]), *(["size"] if several else [])]
+    table = Table(*titles, title=f"config {config}", title_justify="left")
+    for row, at in enumerate(choice.indices):
+        cells = [str(selection.candidates[at]), f"{selection.seconds[at]:.2f}"]
+        cells += [] if choice.scores is None else [f"{float(choice.scores[at]):.4g}"]
+        table.add_row(*cells, *([f"{choice.scales[row]:.0%}"] if several and choice.scales else []))
+    seen = f"{len(choice.indices)} frames of {len(selection.candidates)} candidates"
+    table.caption = f"{seen}, {about.num_frames} in the video ({about.duration:.1f} s)"
     return table
 
 

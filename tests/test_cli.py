@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner, Result
 
@@ -24,6 +27,7 @@ from spatiotoken.cli import app
 from spatiotoken.config import config_schema
 from spatiotoken.probe import build_tiny, evaluate
 from spatiotoken.probe.dataset import examples
+from spatiotoken.video import load_thumbnails, select_frames
 
 DATA = Path(__file__).parent / "data"
 PANCAKE = str(DATA / "flipping_a_pancake.mkv")
@@ -175,6 +179,35 @@ def test_llava_units_are_frames(tmp_path: Path) -> None:
     assert seen == (video.indices[2], video.indices[6])
 
 
+def test_frames_are_chosen_while_the_file_is_decoded(model: Path) -> None:
+    """Unless a number of frames is asked for, among which the model then chooses."""
+    args = ("--model", str(model), "--video", PANCAKE, "--config", "kmeans", "--set", "frames.num_frames=6")
+    data = run_json(*args)
+    chosen = load_video(PANCAKE, selector=load_config("kmeans", **{"frames.num_frames": 6}).frames)
+    assert data["frames"]["indices"] == list(chosen.indices) and data["stages"] == {}
+    assert data["config"]["frames"] == load_config("kmeans", **{"frames.num_frames": 6}).to_dict()["frames"]
+    assert run_json(*args, "--candidate-fps", "4")["frames"]["indices"] != data["frames"]["indices"]
+    assert run_json(*args, "--num-frames", "16")["stages"]["frames"]["tokens_in"] == 8 * 32
+
+
+@pytest.mark.parametrize("config", ["slow_fast", "aks"])
+def test_frames_that_only_the_model_can_choose(config: str, model: Path) -> None:
+    """Of several sizes, or described by its own tower."""
+    more = ("--set", "frames.num_frames=4", *(("--set", "frames.scorer=tower") if config == "aks" else ()))
+    data = run_json("--model", str(model), "--video", PANCAKE, "--config", config, *more)
+    assert data["stages"]["frames"]["tokens_out"] < data["stages"]["frames"]["tokens_in"]
+
+
+def test_times_in_words(model: Path, tmp_path: Path) -> None:
+    llava = build_tiny("llava_onevision", tmp_path / "llava")
+    args = ("--video", PANCAKE, "--num-frames", "4", "--config", "dense", "--timestamps")
+    told = run_json("--model", str(llava), *args)["tokens"]
+    plain = run_json("--model", str(llava), *args[:-1])["tokens"]
+    assert told["visual"] == plain["visual"] and told["text"] > plain["text"]
+    result = invoke("run", "--question", "What?", "--model", str(model), *args)
+    assert_refused(result, "qwen2_5_vl tells the time by itself", "llava_onevision")
+
+
 def test_half_precision(model: Path) -> None:
     loaded, processor = load_model(model, dtype=resolve_dtype("bfloat16"), device=resolve_device("cpu"))
     assert str(loaded.dtype) == "torch.bfloat16"
@@ -225,6 +258,69 @@ def test_run_without_a_video_shows_both_answers() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+
+
+def test_frames_json() -> None:
+    result = invoke("frames", "--video", PANCAKE, "--config", "kffocus", "--set", "frames.num_frames=5", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    config = load_config("kffocus", **{"frames.num_frames": 5})
+    selection = select_frames(PANCAKE, config.frames)
+    assert data["config"] == {"name": "kffocus"} | config.to_dict() and data["video"]["num_frames"] == 310
+    assert data["candidates"] == len(selection.candidates)
+    assert [row["index"] for row in data["frames"]] == list(selection.indices)
+    scores = selection.choice.scores
+    assert scores is not None
+    for row, at in zip(data["frames"], selection.choice.indices, strict=True):
+        assert row == {
+            "index": selection.candidates[at],
+            "seconds": selection.seconds[at],
+            "score": pytest.approx(float(scores[at])),
+            "scale": 1.0,
+        }
+
+
+def test_frames_table_and_sheet(tmp_path: Path) -> None:
+    """The sheet shows the chosen frames, and a mark for each on the timeline."""
+    path = tmp_path / "sheet.png"
+    result = invoke(
+        "frames", "--video", PANCAKE, "--config", "uniform", "--set", "frames.num_frames=3", "--sheet", str(path)
+    )
+    assert result.exit_code == 0, result.stderr
+    selection = select_frames(PANCAKE, load_config("uniform", **{"frames.num_frames": 3}).frames)
+    assert all(str(index) in result.stdout for index in selection.indices)
+    sheet = torch.from_numpy(np.array(Image.open(path)))
+    thumbnails = load_thumbnails(PANCAKE, selection.indices, short_side=112)
+    _, _, height, width = thumbnails.shape
+    for number, picture in enumerate(thumbnails):
+        left = 4 + number * (width + 4)
+        assert torch.equal(sheet[4 : 4 + height, left : left + width], picture.permute(1, 2, 0))
+    red = (sheet == torch.tensor([0xD0, 0x30, 0x20])).all(dim=-1).any(dim=0)
+    marks = (red[1:] & ~red[:-1]).nonzero()[:, 0]
+    expected = [
+        second / selection.metadata.duration * sheet.shape[1]
+        for second in (selection.seconds[i] for i in selection.choice.indices)
+    ]
+    assert len(marks) == 3 and max(abs(a - b) for a, b in zip(marks.tolist(), expected, strict=True)) < 8
+
+
+@pytest.mark.parametrize(
+    ("args", "culprits"),
+    [
+        (("--config", "divprune"), ("config 'divprune' has no frames method",)),
+        (("--config", "aks"), ("compares frames with the question",)),
+        (("--config", "aks", "--question", "?", "--set", "frames.scorer=tower"), ("patch_model",)),
+        (("--config", "kmeans", "--candidate-fps", "0"), ("candidate_fps must be positive",)),
+        (("--config", "kmeans", "--sheet", "/no/such/folder/sheet.png"), ("/no/such/folder/sheet.png",)),
+        (("--config", "kmeans", "--sheet", "sheet.nothing"), (".nothing",)),
+        (("--config", "kmeans", "--set", "frames.scorer.kind=dino"), ("frames.scorer.kind", "'dinov2'")),
+    ],
+)
+def test_frames_refuses(args: Sequence[str], culprits: Sequence[str]) -> None:
+    assert_refused(invoke("frames", "--video", PANCAKE, *args), *culprits)
 
 
 def test_subprocess_refuses_in_one_line() -> None:

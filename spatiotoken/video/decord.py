@@ -72,6 +72,9 @@ class DecordReader(VideoReader):
     def shown_at(self, times: Sequence[float]) -> list[int]:
         return last_presented(self._times, times)
 
+    def times(self) -> Sequence[float]:
+        return self._times
+
     def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         for index in indices:
             if index < self._next:

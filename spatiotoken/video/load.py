@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .backends import open_reader
-from .features import frame_features
 from .reader import VideoReader
+from .selection import FrameSelector, Selection, check_rate, moments, select_from
 from .types import Video, VideoMetadata, read_error
 
 if TYPE_CHECKING:
-    from spatiotoken.structures import FrameChoice, Frames
-
-
-_MAX_FPS = 1000
-"""More than any camera's rate; beyond it a typing error would fill the memory with times."""
-
-
-class FrameSelector(Protocol):
-    """Chooses frames by their features and times."""
-
-    def select(self, frames: Frames) -> FrameChoice: ...
+    from spatiotoken.frames.encoders import FrameEncoder
 
 
 def probe_video(path: str | os.PathLike[str], backend: str = "auto") -> VideoMetadata:
@@ -43,7 +35,10 @@ def load_video(
     indices: Sequence[int] | None = None,
     backend: str = "auto",
     selector: FrameSelector | None = None,
+    question: str | None = None,
     candidate_fps: float = 1.0,
+    keyframes_only: bool = False,
+    encoder: FrameEncoder | None = None,
 ) -> Video:
     """Read frames of the best video stream of a file: all of them, or those asked for in one of four ways.
 
@@ -57,9 +52,16 @@ def load_video(
         fps: the frames on screen at 0, 1/fps, 2/fps, ... seconds, each once even where it stays on screen for longer.
         indices: these frames; strictly increasing.
         backend: "auto", "torchcodec", "pyav" or "decord"; see `VideoMetadata.backend` for the one "auto" took.
-        selector: looks at small versions (`frame_features`) of the frames on screen every 1/candidate_fps seconds,
-            and chooses those to return; the video is decoded twice.
+        selector: a method of the `frames` stage (`load_config("kmeans").frames`). It is told of small versions of the
+            frames on screen every 1/candidate_fps seconds, and chooses those to return; the video is decoded twice. Of
+            a short video it is shown more, so that there are twice as many as it may choose; and all frames where it
+            wants to know nothing but their times.
+        question: what is asked, for selectors that compare frames with it.
         candidate_fps: with `selector`, how many candidates it is given per second.
+        keyframes_only: with `selector`, the stream's key frames are the candidates instead, which on long videos takes
+            a tenth of the time; how many there are is the encoder's choice (often one in some seconds).
+        encoder: what describes candidates, opened before (`spatiotoken.frames.encoders`), for use on many videos; by
+            default the selector's scorer.
 
     Raises:
         ValueError: contradicting or impossible arguments.
@@ -70,8 +72,9 @@ def load_video(
     with open_reader(path, backend) as reader:
         about = reader.metadata
         if selector is not None:
-            chosen = _select(reader, selector, candidate_fps)
-        elif indices is not None:
+            rate = None if keyframes_only else candidate_fps
+            return _read_chosen(reader, select_from(reader, selector, question, rate, encoder))
+        if indices is not None:
             chosen = [int(index) for index in indices]
             if chosen[-1] >= about.num_frames:
                 raise ValueError(f"{about.path}: index {chosen[-1]} is out of range, it has {about.num_frames} frames")
@@ -79,10 +82,18 @@ def load_video(
             _check_enough(about, num_frames)
             chosen = [(2 * i + 1) * about.num_frames // (2 * num_frames) for i in range(num_frames)]
         elif fps is not None:
-            chosen = _unique(reader.shown_at(_times(about.duration, fps)))
+            chosen = _unique(reader.shown_at(moments(about.duration, fps)))
         else:
             chosen = list(range(about.num_frames))
         return _read(reader, chosen)
+
+
+def load_thumbnails(
+    path: str | os.PathLike[str], indices: Sequence[int], *, short_side: int, backend: str = "auto"
+) -> Tensor:
+    """uint8 [K, 3, h, w] of these frames, with a shorter side of at most `short_side`. Raises as `load_video` does."""
+    with open_reader(path, backend) as reader:
+        return torch.stack([frame for frame, _ in reader.read_small(indices, short_side)])
 
 
 def _check_arguments(
@@ -99,8 +110,8 @@ def _check_arguments(
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
     for name, rate in (("fps", fps), ("candidate_fps", candidate_fps)):
-        if rate is not None and not 0 < rate <= _MAX_FPS:
-            raise ValueError(f"{name} must be positive and at most {_MAX_FPS}, not {rate}")
+        if rate is not None:
+            check_rate(name, rate)
     if indices is not None:
         for index in indices:
             operator.index(index)
@@ -115,31 +126,45 @@ def _check_enough(about: VideoMetadata, asked: int) -> None:
         raise read_error(about.path, f"{asked} frames were asked for, but there are {about.num_frames}")
 
 
-def _times(duration: float, fps: float) -> list[float]:
-    """0, 1/fps, 2/fps, ... seconds, before the end of the video and at least one."""
-    # A time nearer the end than float arithmetic can tell is the end.
-    return [step / fps for step in range(max(1, math.ceil((duration - 1e-6) * fps)))]
-
-
 def _unique(ascending: list[int]) -> list[int]:
     return list(dict.fromkeys(ascending))
 
 
-def _select(reader: VideoReader, selector: FrameSelector, candidate_fps: float) -> list[int]:
-    """Indices of the frames that the selector chooses among the candidates, of which only features are kept."""
-    from spatiotoken.structures import Frames
+def _read_chosen(reader: VideoReader, selection: Selection) -> Video:
+    """The chosen frames in full, at the size and mixed as the selector says.
 
-    candidates = _unique(reader.shown_at(_times(reader.metadata.duration, candidate_fps)))
-    features = []
-    times = []
-    for frame, time in reader.read(candidates):
-        features.append(frame_features(frame[None])[0])
-        times.append(time)
-    frames = Frames(features=torch.stack(features), timestamps=torch.tensor(times, dtype=torch.float64))
-    choice = list(selector.select(frames).indices)
-    if not choice or choice[0] < 0 or choice[-1] >= len(candidates) or choice != sorted(set(choice)):
-        raise ValueError(f"the selector chose {choice}, not strictly increasing indices among {len(candidates)} frames")
-    return [candidates[i] for i in choice]
+    Raises:
+        ValueError: they are of several sizes.
+    """
+    choice = selection.choice
+    sizes = set(choice.scales or (1.0,))
+    if len(sizes) > 1:
+        raise ValueError(
+            "the selector wants frames of several sizes, which one tensor cannot hold: give it to patch_model, which "
+            "makes them small inside the model"
+        )
+    if choice.mixing is None:
+        video = _read(reader, selection.indices)
+    else:
+        video = _read_mixed(reader, selection, choice.mixing)
+    (scale,) = sizes
+    if scale == 1:
+        return video
+    size = [max(1, int(side * scale)) for side in video.frames.shape[2:]]
+    small = [interpolate(frame[None].float(), size, mode="bicubic", antialias=True)[0] for frame in video.frames]
+    return replace(video, frames=torch.stack(small).round().clamp(0, 255).to(torch.uint8))
+
+
+def _read_mixed(reader: VideoReader, selection: Selection, mixing: Tensor) -> Video:
+    """Each chosen frame as the mean of several candidates, which are read one at a time."""
+    about = reader.metadata
+    used = mixing.any(dim=0).nonzero()[:, 0].tolist()
+    total = torch.zeros(len(selection.indices), 3, about.height, about.width)
+    for position, (frame, _) in zip(used, reader.read([selection.candidates[at] for at in used]), strict=True):
+        for row in mixing[:, position].nonzero()[:, 0].tolist():
+            total[row].add_(frame, alpha=float(mixing[row, position]))
+    times = torch.tensor([selection.seconds[at] for at in selection.choice.indices], dtype=torch.float64)
+    return Video(total.round_().clamp_(0, 255).to(torch.uint8), times, selection.indices, about)
 
 
 def _read(reader: VideoReader, indices: Sequence[int]) -> Video:

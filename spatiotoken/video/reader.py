@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from .types import VideoMetadata, VideoReadError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 # Matroska keeps times in whole milliseconds, so a frame due at 2/30 s is stored as presented at 0.067 s: without
 # this allowance "the frame shown at 2/30 s" would be the one before.
@@ -40,12 +42,32 @@ class VideoReader(ABC):
         """The index of the frame on screen at each of `times` (ascending, >= 0): the last one presented by then."""
 
     @abstractmethod
+    def times(self) -> Sequence[float]:
+        """When each frame is presented. Without decoding where the file is indexed by presentation time."""
+
+    def keyframes(self) -> list[int]:
+        """Frames that are coded without others, which decode several times as fast as a run of frames does.
+
+        Raises:
+            ValueError: this reader cannot tell, or not for this file.
+        """
+        raise ValueError(f"{self.metadata.path}: backend {self.metadata.backend!r} does not tell which are key frames")
+
+    @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         """Yield (uint8 [3, H, W], time) of each frame of the strictly increasing, valid `indices`, one at a time.
 
         Raises:
             VideoReadError: a frame cannot be decoded, or is not the one that was asked for.
         """
+
+    def read_small(self, indices: Sequence[int], short_side: int) -> Iterator[tuple[Tensor, float]]:
+        """As `read`, with frames whose shorter side is longer than `short_side` averaged down to that."""
+        size = small_size(self.metadata.height, self.metadata.width, short_side)
+        for frame, time in self.read(indices):
+            if frame.shape[1:] != size:
+                frame = interpolate(frame[None].float(), size, mode="area").round().to(torch.uint8)[0]
+            yield frame, time
 
     @abstractmethod
     def close(self) -> None:
@@ -56,6 +78,12 @@ class VideoReader(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width at which the shorter side is at most `short_side`."""
+    scale = min(1.0, short_side / min(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def last_presented(starts: Sequence[float], times: Sequence[float]) -> list[int]:

@@ -91,6 +91,10 @@ class TorchCodecReader(VideoReader):
         self._time(self.metadata.num_frames - 1)
         return [self._find(time) for time in times]
 
+    def times(self) -> Sequence[float]:
+        # It tells a frame's time only with the frame.
+        return [self._time(index) for index in range(self.metadata.num_frames)]
+
     def read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
         before = -1.0
         for index in indices:
