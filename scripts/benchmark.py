@@ -5,12 +5,14 @@ overhead:  what being patched costs when nothing is reduced.
 reduction: time to first token of presets, what they compute themselves included.
 tokens:    every method that merges or drops tokens by their features, at its preset, on made-up features and without a
            model; with --authors beside the authors' own code.
+frames:    choosing frames while a long file is decoded, beside decoding the candidates alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from transformers.utils import logging
 
 from spatiotoken.answer import resolve_device, resolve_dtype
 from spatiotoken.benchmark import PRESETS, Comparison, compare
+from spatiotoken.frame_benchmark import FRAME_CONFIGS, compare_selectors, write_long_video
 from spatiotoken.token_benchmark import (
     TokenComparison,
     TokenTiming,
@@ -34,9 +37,11 @@ from spatiotoken.token_benchmark import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("overhead", "reduction", "tokens"), required=True)
-    parser.add_argument("--configs", nargs="+", default=PRESETS, help="presets or .yaml files of the reduction suite")
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--suite", choices=("overhead", "reduction", "tokens", "frames"), required=True)
+    parser.add_argument(
+        "--configs", nargs="+", help="presets or .yaml files of the reduction and frames suites, instead of their own"
+    )
+    parser.add_argument("--repeats", type=int, help="rounds; by default 21, in the frames suite 3")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--visual-tokens", type=int, default=2000)
     parser.add_argument("--hidden-size", type=int, default=512)
@@ -50,6 +55,11 @@ def main() -> None:
     tokens.add_argument("--channels", type=int, default=896)
     tokens.add_argument("--seconds", type=float, default=20.0, help="after which no further round of a method begins")
     tokens.add_argument("--authors", type=Path, metavar="DIR", help="checkouts of the authors' repositories")
+    frames = parser.add_argument_group("frames suite (of the others only configs, repeats and threads)")
+    frames.add_argument(
+        "--video", type=Path, help="file to load; made if it is not there, and for the while if not given"
+    )
+    frames.add_argument("--minutes", type=float, default=30.0, help="length of a file that is made")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--markdown", action="store_true", help="print a table in Markdown (tokens suite)")
@@ -61,12 +71,17 @@ def main() -> None:
         if args.threads < 1:
             parser.error(f"--threads must be at least 1, not {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.suite == "frames":
+        time_frames(parser, args)
+        return
+    if args.repeats is None:
+        args.repeats = 21
     if args.suite == "tokens":
         time_tokens(parser, args)
         return
     try:
         comparison = compare(
-            ["dense"] if args.suite == "overhead" else args.configs,
+            ["dense"] if args.suite == "overhead" else args.configs or PRESETS,
             repeats=args.repeats,
             warmup=args.warmup,
             visual_tokens=args.visual_tokens,
@@ -120,6 +135,33 @@ def time_tokens(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         print_markdown(comparison)
     else:
         print_token_table(comparison)
+
+
+def time_frames(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = args.video or Path(directory, "long.mp4")
+        if not path.exists():
+            write_long_video(path, args.minutes)
+        try:
+            comparison = compare_selectors(
+                args.configs or FRAME_CONFIGS,
+                path,
+                repeats=args.repeats or 3,
+                threads=args.threads or torch.get_num_threads(),
+            )
+        except ValueError as error:
+            parser.error(str(error))
+    if args.json:
+        print(json.dumps({"suite": "frames"} | comparison.to_dict(), indent=2))
+        return
+    console = Console(markup=False, highlight=False)
+    console.print(", ".join(f"{key}: {value}" for key, value in (comparison.machine | comparison.video).items()))
+    title = f"frames: {comparison.candidates} candidates alone take {comparison.candidates_seconds:.1f} s"
+    table = Table("config", "frames", "s", "ratio to candidates alone", "peak memory, MiB", title=title)
+    for timing in comparison.timings:
+        memory = f"{timing.peak_memory_bytes / 2**20:.0f}"
+        table.add_row(timing.config, str(timing.frames), f"{timing.seconds:.1f}", f"{timing.ratio:.3f}", memory)
+    console.print(table)
 
 
 def print_table(suite: str, comparison: Comparison) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spatiotoken.config import presets
+from spatiotoken.frames import FrameSelector
 from spatiotoken.layers import LayerReducer
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.registry import METHODS, STAGES, Method
@@ -16,9 +17,9 @@ def available() -> dict[str, Any]:
 
     Returns:
         ``{"methods": {stage: [{"name", "summary", "paper", "parameters"}]}, "configs": [{"name", "description"}],
-        "models": [model_type]}``, each list sorted by name. Methods of the ``tokens`` stage also tell their ``kind``,
-        ``needs``, whether they merge (``merges``), arithmetic (``complexity``) and what they were compared with
-        (``fidelity``).
+        "models": [model_type]}``, each list sorted by name. Methods of the stages ``frames``, ``tokens`` and ``layers``
+        also tell their ``kind``, ``needs``, arithmetic (``cost``) and what they were compared with (``fidelity``),
+        those of the last two also whether they merge (``merges``).
     """
     return {
         "methods": {
@@ -32,7 +33,7 @@ def available() -> dict[str, Any]:
 def _describe(method: type[Method]) -> dict[str, Any]:
     properties = method.model_json_schema().get("properties", {})
     parameters = [
-        {"name": name} | {key: value for key, value in schema.items() if key != "title"}
+        {"name": name} | {key: value for key, value in schema.items() if key not in ("title", "$ref")}
         for name, schema in properties.items()
     ]
     described: dict[str, Any] = {
@@ -41,14 +42,15 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         "paper": method.paper,
         "parameters": parameters,
     }
-    if issubclass(method, TokenReducer | LayerReducer):
+    if issubclass(method, FrameSelector | TokenReducer | LayerReducer):
         described |= {
             "kind": method.kind,
             "needs": sorted(method.needs),
-            "merges": method.merges,
             "cost": method.complexity,
             "fidelity": method.fidelity,
         }
+    if issubclass(method, TokenReducer | LayerReducer):
+        described["merges"] = method.merges
     return described
 
 
@@ -73,8 +75,13 @@ def _link(paper: str | None) -> str:
 
 
 def methods_page() -> str:
-    """``docs/methods.md``: what reduces tokens, before and inside the language model."""
+    """``docs/methods.md``: what chooses frames, and what reduces tokens before and inside the language model."""
     lines = [_PAGE_HEAD]
+    selectors = [method for _, method in sorted(METHODS["frames"].items().items()) if issubclass(method, FrameSelector)]
+    for kind in _FRAME_KINDS:
+        lines += [f"\n### {kind.capitalize()}\n", _FRAME_TABLE_HEAD]
+        lines += [_frame_row(method) for method in selectors if method.kind == kind]
+    lines.append(_REDUCERS_HEAD)
     reducers = [
         method
         for stage in ("tokens", "layers")
@@ -82,7 +89,7 @@ def methods_page() -> str:
         if issubclass(method, TokenReducer | LayerReducer)
     ]
     for kind in _KINDS:
-        lines += [f"\n## {kind.capitalize()}\n", _TABLE_HEAD]
+        lines += [f"\n### {kind.capitalize()}\n", _TABLE_HEAD]
         lines += [_row(method) for method in reducers if method.kind == kind]
     return "\n".join(lines) + "\n"
 
@@ -97,30 +104,62 @@ _KINDS = (
 _TABLE_HEAD = """\
 | method | paper | what happens to the others | parameters | needs | images | cost | compared with |
 |---|---|---|---|---|---|---|---|"""
+_FRAME_KINDS = ("question-agnostic", "question-aware", "several sizes", "equal distances")
+_FRAME_TABLE_HEAD = """\
+| method | paper | parameters | needs | scorer | cost | compared with |
+|---|---|---|---|---|---|---|"""
 _PAGE_HEAD = """\
-# Methods that reduce visual tokens
+# Methods
 
-Of the stages `tokens` (before the language model) and `layers` (inside it); made from the registry by `make methods`.
-All of them keep the position ids of the tokens that are left (see
-`positions` in README), and leave these in their order in space and time.
+Made from the registry by `make methods`. *Compared with*: "authors' vectors" are what the authors' own code returned on
+made inputs (`tests/golden`; those whose licence keeps them out of the repository are used where they are at hand); "in
+part" where released code is defective or runs where this stage does not, as [fidelity.md](fidelity.md) lists; "paper
+only" where there was no code to compare with.
+
+## Which frames are seen: `frames`
+
+While a file is decoded (`load_video(path, selector=...)`, `spatiotoken run`) or inside a patched model, before the
+vision tower. *Needs*: features of each frame, or of its patches; its relevance to the question; or a score of only
+those frames that the method wants to look at. *Scorer*: what makes these by default; any may be set that can:
+`pixels` (colours, no model), `dinov2`, `clip`, `siglip2`, or `tower`, the vision tower of the model that answers. The
+question is read by the last three. *Cost*: T candidates, K chosen ones, F features, without the scorer's."""
+_REDUCERS_HEAD = """
+## Which tokens are left: `tokens` and `layers`
+
+Before the language model, and inside it. All of them keep the position ids of the tokens that are left (see `positions`
+in README), and leave these in their order in space and time.
 
 *Needs*: what a method reads beside the projected tokens: the attention of the vision tower (saliency), its features
 before the projector (hidden), its keys, its summary of each frame, or the embeddings of the question. *Images*: whether
 its preset reduces images too; any config does with `images: true`, though methods about time leave a still picture as
-it is. *Cost*: T frames, N tokens a frame, D channels. *Compared with*: "authors' vectors" are what the authors' own
-code returned on made inputs (`tests/golden`; those whose licence keeps them out of the repository are used where they
-are at hand); "in part" where released code is defective or runs where this stage does not, as
-[fidelity.md](fidelity.md) lists; "paper
-only" where there was no code to compare with."""
+it is. *Cost*: T frames, N tokens a frame, D channels."""
+
+
+def _frame_row(method: type[FrameSelector]) -> str:
+    scorer = method.model_fields.get("scorer")
+    cells = [
+        f"`{method.name}`",
+        _link(method.paper),
+        _parameters(method, {"positions", "scorer"}),
+        ", ".join(sorted(method.needs)) or "nothing",
+        scorer.get_default().kind if scorer and method.needs else "–",
+        method.complexity,
+        method.fidelity,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _parameters(method: type[Method], others: set[str]) -> str:
+    fields = {key: field for key, field in method.model_fields.items() if key not in others}
+    return ", ".join(f"`{key}` {field.get_default()}" for key, field in fields.items()) or "–"
 
 
 def _row(method: type[TokenReducer] | type[LayerReducer]) -> str:
-    fields = {key: field for key, field in method.model_fields.items() if key != "positions"}
     cells = [
         f"`{method.name}`",
         _link(method.paper),
         "merged" if method.merges else "dropped",
-        ", ".join(f"`{key}` {field.get_default()}" for key, field in fields.items()) or "–",
+        _parameters(method, {"positions"}),
         ", ".join(sorted(need.replace("_", " ") for need in method.needs)) or "nothing",
         "yes" if presets()[method.name].images else "–",
         method.complexity,

@@ -223,7 +223,7 @@ def ask(
         evidence = _evidence_tokens(model, inputs, batch)
         limits: dict[str, Any] = {"max_new_tokens": _SENTENCE_TOKENS}
         if not speaks_plainly:
-            limits = _among_options(processor.tokenizer, batch, inputs["input_ids"].shape[1])
+            limits = among_options(processor.tokenizer, batch, inputs["input_ids"].shape[1])
         for name, config in configs.items():
             with patched(model, config):
                 output = model.generate(**inputs, **limits, do_sample=False)  # type: ignore[operator]
@@ -234,7 +234,7 @@ def ask(
     return tallies
 
 
-def _among_options(tokenizer: Any, batch: Sequence[Example], prompt: int) -> dict[str, Any]:
+def among_options(tokenizer: Any, batch: Sequence[Example], prompt: int) -> dict[str, Any]:
     """Arguments of ``generate`` by which an answer is one of the question's options, as in a multiple-choice test."""
     end = tokenizer.eos_token_id
     options = [[[*tokenizer(option)["input_ids"], end] for option in example.options] for example in batch]

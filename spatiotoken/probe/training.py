@@ -527,7 +527,10 @@ COURSES = {
             Lesson(700, 16, 8, places=4),
             Lesson(400, 16, 8, places=6, pointing=0.3),
             Lesson(150, 16, 16, places=2, pointing=0.3),
+            Lesson(900, 16, 8, places=2, pointing=1.0),
+            Lesson(250, 16, 16, places=2, pointing=0.5),
+            Lesson(400, 16, 16, pointing=0.5),
         ),
-        waves=((700, 1350), (450, 850), (650, 650), (1100, 1800), (550, 650)),
+        waves=((700, 1350), (450, 850), (650, 650), (1100, 1800), (550, 650), (1150, 1150), (400, 400)),
     ),
 }
