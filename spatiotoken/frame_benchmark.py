@@ -24,6 +24,7 @@ from spatiotoken.video.backends import open_reader
 from spatiotoken.video.selection import SHORT_SIDE, moments
 
 FRAME_CONFIGS = ("kmeans", "dpp", "kffocus", "uniform")
+KEPT = 32
 FPS = 24
 _SCENE_SECONDS = 20
 _DRIFT = 3
@@ -91,7 +92,7 @@ def _pictures(count: int, height: int, width: int, generator: torch.Generator) -
 
 
 def compare_selectors(configs: Sequence[str], path: Path, *, repeats: int, threads: int) -> FrameComparison:
-    """Time each config's ``frames`` method while ``path`` is loaded, in turns with decoding the candidates alone.
+    """Time each config's ``frames`` method keeping 32, in turns with decoding the candidates alone.
 
     Raises:
         ValueError: a config has no ``frames`` method, or one that cannot choose without a question.
@@ -144,7 +145,7 @@ def _decode_candidates(path: Path, threads: int) -> tuple[float, int, int]:
 
 def _load(path: Path, threads: int, config: str) -> tuple[float, int, int]:
     torch.set_num_threads(threads)
-    selector = load_config(config).frames
+    selector = load_config(config, **{"frames.num_frames": KEPT}).frames
     assert selector is not None
     begin = time.perf_counter()
     video = load_video(path, selector=selector)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import BASELINES, ProbeRun, ask, load_probe_model
+from spatiotoken.probe.keyframes import CANDIDATES, KEPT, KeyframeRun, at_hand, find_needles, selectors
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.probe.scenes import FAMILIES
 from spatiotoken.registry import METHODS
@@ -33,6 +35,22 @@ SWEEPS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
 }
 """What is asked instead of methods without a retention ratio: settings, from mild to strong."""
 
+_NEEDLES = 96
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was measured on one probe model.
+
+    Attributes:
+        runs: of each config.
+        needles: of each frame selector.
+    """
+
+    runs: Sequence[ProbeRun]
+    needles: Sequence[KeyframeRun]
+
+
 _INTRODUCTION = """\
 # Accuracy on the probe
 
@@ -48,16 +66,28 @@ choose from. *Retention* is the share of visual tokens that the average decoder 
 visual tokens which show the answer that reach the last layer, by themselves or merged into others. `dense` reduces
 nothing. Answers are chosen among a question's options. Intervals are 95 % bootstrap intervals over questions.
 A method stands with its own retention ratio in percent (`divprune-25`), which for `layers` is what remains after its
-layer, or with the settings that it has instead. Run with {machine}; times are in [benchmarks.md](benchmarks.md).
+layer, or with the settings that it has instead. Frame selectors whose preset names a model of its own (DINOv2, CLIP,
+SigLIP 2) are told of frames by `pixels` here, and by the probe model's own `tower` where they read the question, for no
+model could be downloaded; most presets keep more frames than these videos have, so their section at the end of each
+model's tells more. Run with {machine}; times are in [benchmarks.md](benchmarks.md).
 
 ![accuracy against retention]({picture})
+"""
+
+
+_NEEDLE_HEAD = """\
+### Which frames are seen
+
+{limit} questions after a letter that flashes somewhere in {candidates} frames, of which each `frames` method keeps
+{kept}. *Evidence* is the share of the frames with the letter that are kept, *accuracy* what the model answers from
+nothing else. A letter has eight possible answers.
 """
 
 
 def configs() -> dict[str, PatchConfig]:
     """By name: ``dense``, the other presets, and each method at several budgets."""
     known = presets()
-    found = {"dense": known.pop("dense"), **known}
+    found = {"dense": known.pop("dense"), **{name: at_hand(config) for name, config in known.items()}}
     for stage in ("tokens", "layers"):
         for name, method in sorted(METHODS[stage].items().items()):
             if (stage, name) in SWEEPS:
@@ -71,10 +101,8 @@ def configs() -> dict[str, PatchConfig]:
     return found
 
 
-def curves(
-    model_types: Sequence[str] = PROBE_MODEL_TYPES, *, limit: int, num_frames: int = 16
-) -> dict[str, list[ProbeRun]]:
-    """All of ``configs`` on each probe model, each in a process of its own."""
+def curves(model_types: Sequence[str] = PROBE_MODEL_TYPES, *, limit: int, num_frames: int = 16) -> dict[str, Curves]:
+    """All of ``configs``, and the needles that selectors find, on each probe model in a process of its own."""
     workers = len(model_types)
     threads = max(1, torch.get_num_threads() // workers)
     # Not forked: threads of this process would be missing in its copy.
@@ -83,14 +111,15 @@ def curves(
         return {model: job.result() for model, job in jobs.items()}
 
 
-def _curves_of(model_type: str, limit: int, num_frames: int, threads: int) -> list[ProbeRun]:
+def _curves_of(model_type: str, limit: int, num_frames: int, threads: int) -> Curves:
     torch.set_num_threads(threads)
     model, processor = load_probe_model(model_type)
     tallies = ask(model, processor, configs(), examples("test", limit, num_frames=num_frames))
-    return [tally.run(name) for name, tally in tallies.items()]
+    runs = [tally.run(name) for name, tally in tallies.items()]
+    return Curves(runs, find_needles(selectors(), _NEEDLES, model, processor))
 
 
-def draw(runs: Mapping[str, Sequence[ProbeRun]], path: Path) -> None:
+def draw(curves: Mapping[str, Curves], path: Path) -> None:
     """A row of panels for each model, one for each kind of method: its curves over those of the baselines."""
     from matplotlib.figure import Figure
 
@@ -99,9 +128,10 @@ def draw(runs: Mapping[str, Sequence[ProbeRun]], path: Path) -> None:
         for name, method in sorted(METHODS[stage].items().items()):
             if name not in BASELINES:
                 kinds.setdefault(getattr(method, "kind", stage), []).append(name)
-    figure = Figure(figsize=(6 * len(kinds), 5 * len(runs)), layout="constrained")
-    panels = figure.subplots(len(runs), len(kinds), squeeze=False, sharex=True, sharey="row")
-    for row, (model, model_runs) in zip(panels, runs.items(), strict=True):
+    figure = Figure(figsize=(6 * len(kinds), 5 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), len(kinds), squeeze=False, sharex=True, sharey="row")
+    for row, (model, measured) in zip(panels, curves.items(), strict=True):
+        model_runs = measured.runs
         for axes, (kind, names) in zip(row, kinds.items(), strict=True):
             for name, style in zip(BASELINES, ("--", ":"), strict=True):
                 axes.plot(*_points(name, model_runs), style, color="0.4", label=name)
@@ -123,7 +153,7 @@ def _points(method: str, runs: Sequence[ProbeRun]) -> tuple[list[float], list[fl
 
 
 def write_page(
-    runs: Mapping[str, Sequence[ProbeRun]], directory: Path, *, limit: int, num_frames: int, command: str, machine: str
+    curves: Mapping[str, Curves], directory: Path, *, limit: int, num_frames: int, command: str, machine: str
 ) -> Path:
     """``probe.md`` and ``probe.png`` in a directory.
 
@@ -131,11 +161,13 @@ def write_page(
         The page's path.
     """
     picture = directory / "probe.png"
-    draw(runs, picture)
+    draw(curves, picture)
     head = {"limit": limit, "frames": num_frames, "each": limit // len(FAMILIES), "command": command}
     parts = [_INTRODUCTION.format(**head, machine=machine, picture=picture.name)]
-    for model, model_runs in runs.items():
-        parts.append(f"## {model}\n\n" + "\n".join(_table(model_runs)) + "\n")
+    for model, measured in curves.items():
+        parts.append(f"## {model}\n\n" + "\n".join(_table(measured.runs)) + "\n")
+        parts.append(_NEEDLE_HEAD.format(limit=_NEEDLES, candidates=CANDIDATES, kept=KEPT))
+        parts.append("\n".join(_needle_table(measured.needles)) + "\n")
     page = directory / "probe.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
@@ -146,7 +178,6 @@ def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
     yield _row(titles)
     yield _row(["---"] * len(titles))
     for run in runs:
-        low, high = run.interval
         families = [_percent(run.families[family].accuracy) if family in run.families else "" for family in FAMILIES]
         yield _row(
             [
@@ -154,11 +185,26 @@ def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
                 f"{run.visual_kept:.0f}",
                 _percent(run.retention),
                 _percent(run.accuracy),
-                f"{100 * low:.1f} to {100 * high:.1f}",
+                _interval(run.interval),
                 *families,
                 _percent(run.evidence_recall),
             ]
         )
+
+
+def _needle_table(runs: Sequence[KeyframeRun]) -> Iterable[str]:
+    titles = ["method", "scorer", "frames kept", "evidence", "interval", "accuracy", "interval"]
+    yield _row(titles)
+    yield _row(["---"] * len(titles))
+    for run in runs:
+        cells = [f"`{run.method}`", run.scorer or "–", f"{run.kept:.1f}"]
+        cells += [_percent(run.recall), _interval(run.recall_interval)]
+        cells += [_percent(run.accuracy or 0), _interval(run.accuracy_interval or (0, 0))]
+        yield _row(cells)
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def _row(cells: Sequence[Any]) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 
 from spatiotoken.answer import prepare_batch
+from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.frames import FrameSelector, ScoredSelector
 from spatiotoken.frames.encoders import FrameEncoder, PixelEncoder, TowerEncoder
 from spatiotoken.probe.dataset import Example, clip_metadata, examples
@@ -45,15 +46,21 @@ class KeyframeRun:
     accuracy_interval: tuple[float, float] | None
 
 
+def at_hand(config: PatchConfig) -> PatchConfig:
+    """``config`` by a scorer that needs no download: ``pixels``, or ``tower`` if its method reads the question."""
+    method = config.frames
+    if not isinstance(method, ScoredSelector) or method.scorer.kind in ("pixels", "tower"):
+        return config
+    return load_config(config, **{"frames.scorer": "tower" if method.needs & {"relevance", "score"} else "pixels"})
+
+
 def selectors() -> dict[str, FrameSelector]:
-    """Every method at the budget: by ``pixels``, or by the model's own ``tower`` if it reads the question."""
+    """Every method at the budget, as its preset has it otherwise, by the scorers at hand."""
     found = {}
-    for name, method in sorted(METHODS["frames"].items().items()):
-        assert issubclass(method, FrameSelector)
-        settings: dict[str, Any] = {"num_frames": KEPT}
-        if issubclass(method, ScoredSelector):
-            settings["scorer"] = "tower" if method.needs & {"relevance", "score"} else "pixels"
-        found[name] = method.model_validate(settings)
+    for name in sorted(METHODS["frames"].items()):
+        method = at_hand(load_config(name, **{"frames.num_frames": KEPT})).frames
+        assert method is not None
+        found[name] = method
     return found
 
 

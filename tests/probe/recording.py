@@ -13,6 +13,7 @@ from spatiotoken import load_config
 from spatiotoken.config import PatchConfig
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import ask, load_probe_model
+from spatiotoken.probe.keyframes import at_hand
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.registry import METHODS
 
@@ -20,8 +21,8 @@ PATH = Path(__file__).with_name("recorded.json")
 ANSWERS, QUESTIONS = 200, 42
 # Presets are made for longer videos: at 16 small frames these would reduce nothing.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "kmeans": {"frames.num_frames": 4},
-    "uniform": {"frames.num_frames": 4},
+    **{name: {"frames.num_frames": 4} for name in METHODS["frames"].items()},
+    "f2c": {"frames.num_frames": 6, "frames.full_frames": 3},
     "sliding_vertical": {"attention.sink": 4, "attention.window": 32, "attention.columns": 32},
 }
 
@@ -31,7 +32,7 @@ def methods() -> list[str]:
 
 
 def preset(method: str) -> PatchConfig:
-    return load_config(method, **SETTINGS.get(method, {}))
+    return at_hand(load_config(method, **SETTINGS.get(method, {})))
 
 
 def answers(model_type: str) -> list[str]:

@@ -14,7 +14,7 @@ from spatiotoken import last_report, load_config, patched
 from spatiotoken.answer import load_model, prepare_batch
 from spatiotoken.cli import app
 from spatiotoken.probe import build_tiny
-from spatiotoken.probe.curves import write_page
+from spatiotoken.probe.curves import Curves, write_page
 from spatiotoken.probe.dataset import clip_metadata, examples
 from spatiotoken.probe.evaluate import (
     BASELINES,
@@ -26,6 +26,7 @@ from spatiotoken.probe.evaluate import (
     parse_answer,
     probe,
 )
+from spatiotoken.probe.keyframes import find_needles, selectors
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.probe.scenes import FAMILIES
 
@@ -210,8 +211,11 @@ def test_page(tmp_path: Path) -> None:
     model, processor = load_probe_model("qwen2_5_vl")
     configs = {"dense": load_config("dense"), "evs": load_config("evs"), "random-50": at_retention("random", 0.5)}
     tallies = ask(model, processor, configs, islice(examples("test", 7), 7))
-    runs = {"qwen2_5_vl": [tally.run(name) for name, tally in tallies.items()]}
-    page = write_page(runs, tmp_path, limit=7, num_frames=16, command="spatiotoken probe --all", machine="here")
+    runs = [tally.run(name) for name, tally in tallies.items()]
+    needles = find_needles({name: selectors()[name] for name in ("uniform", "dpp")}, 8, model, processor)
+    curves = {"qwen2_5_vl": Curves(runs, needles)}
+    page = write_page(curves, tmp_path, limit=7, num_frames=16, command="spatiotoken probe --all", machine="here")
     text = page.read_text()
+    assert "| `dpp` | pixels | 8.0 | 100.0 |" in text and "| `uniform` | – | 8.0 |" in text
     assert "| `evs` | 32 | 25.0 |" in text and "## qwen2_5_vl" in text and "![" in text
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
