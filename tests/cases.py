@@ -125,7 +125,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 16},
 }
 
-REPRESENTATIVE = ("random", "downsample", "visionzip", "cdpruner")
+REPRESENTATIVE = ("kmeans", "slow_fast", "tifre", "random", "downsample", "visionzip", "cdpruner")
 
 COMBINED: dict[str, dict[str, Any]] = {
     "light": load_config("light").to_dict(),
@@ -151,10 +151,11 @@ def reduced_cases(*, every: bool = True) -> list[Any]:
     """All rows of the table.
 
     Args:
-        every: False for what the method itself has little to do with: of `tokens` methods only some run by default
-            then, one that drops, one that merges, one that reads the tower and one that reads the question.
+        every: False for what the method itself has little to do with: of `frames` and `tokens` methods only some run by
+            default then, of each kind one: that drops, that has several sizes, that merges, that reads the tower and
+            that reads the question.
     """
-    slow = () if every else [key for key in REDUCED if key[0] == "tokens" and key[1] not in REPRESENTATIVE]
+    slow = () if every else [key for key in REDUCED if key[0] in ("frames", "tokens") and key[1] not in REPRESENTATIVE]
     single = [
         pytest.param(config_of(key, settings), id="-".join(key), marks=[pytest.mark.slow] if key in slow else [])
         for key, settings in REDUCED.items()
