@@ -64,6 +64,7 @@ benchmark: setup
 	$(BIN)/python scripts/benchmark.py --suite overhead
 	$(BIN)/python scripts/benchmark.py --suite reduction
 	$(BIN)/python scripts/benchmark.py --suite tokens
+	$(BIN)/python scripts/benchmark.py --suite frames
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
