@@ -30,12 +30,7 @@ WANTED = {  # accuracy of the unpatched model on the whole test split
     "needle": 0.90,
     "detail": 0.80,
 }
-SHORT = {
-    ("llava_onevision", "attribute"),
-    ("llava_onevision", "motion"),
-    ("llava_onevision", "order"),
-    ("llava_onevision", "spatial"),
-}
+SHORT = {("llava_onevision", "attribute")}
 """What the models in the repository do not reach; their cards have the figures."""
 
 
