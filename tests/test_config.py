@@ -309,3 +309,55 @@ def test_presets_at_a_percentage() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             load_config(wrong)
+
+
+def test_scorers() -> None:
+    """A kind alone, whole, or in part: what is left out is the method's own."""
+    short, whole = load_config("kmeans", **{"frames.scorer": "dinov2"}), {"kind": "dinov2"}
+    assert short == load_config("kmeans", **{"frames.scorer": whole}) == load_config(short.to_dict())
+    part = load_config("aks", **{"frames.scorer": {"batch": 4}})
+    assert part == load_config("aks", **{"frames.scorer.batch": 4})
+    assert part.frames is not None and part.to_dict()["frames"]["scorer"] == {
+        "kind": "clip",
+        "model": None,
+        "revision": None,
+        "batch": 4,
+        "cache": "~/.cache/spatiotoken",
+    }
+    both = load_config({"frames": {"method": "aks", "scorer": "siglip2"}}, **{"frames.scorer.cache": None})
+    assert (
+        both.to_dict()["frames"]["scorer"]["kind"] == "siglip2" and both.to_dict()["frames"]["scorer"]["cache"] is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "value", "message"),
+    [
+        (
+            "aks",
+            "frames.scorer",
+            "dinov2",
+            "aks compares frames with the question, which 'dinov2' cannot; supported: clip",
+        ),
+        ("kmeans", "frames.scorer.kind", "dino", "frames.scorer.kind: 'dino' is not allowed"),
+        ("kmeans", "frames.scorer.size", 3, "unknown key 'frames.scorer.size'; supported kind, model, revision"),
+        ("kmeans", "frames.scorer.batch", 0, "frames.scorer.batch: 0 is not allowed"),
+        ("kmeans", "frames.scorer.model", "x", "scorer 'pixels' takes no model or revision"),
+        ("kmeans", "frames.scorer", 3, "frames.scorer: 3 is not allowed"),
+    ],
+)
+def test_wrong_scorers(preset: str, key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(preset, **{key: value})
+
+
+def test_schema_of_scorers_can_be_followed() -> None:
+    schema = config_schema()
+    variants = {
+        v["properties"]["method"]["const"]: v for v in schema["properties"]["frames"]["anyOf"] if "properties" in v
+    }
+    scorer = variants["aks"]["properties"]["scorer"]
+    assert scorer["default"]["kind"] == "clip"
+    definition = schema["$defs"][scorer["$ref"].removeprefix("#/$defs/")]
+    kinds, whole = definition["anyOf"]
+    assert "siglip2" in kinds["enum"] and "revision" in whole["properties"]

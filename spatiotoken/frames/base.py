@@ -52,9 +52,7 @@ class ScoredSelector(FrameSelector):
     @field_validator("scorer", mode="before")
     @classmethod
     def _completed(cls, value: Any) -> Any:
-        """``clip`` is short for ``{kind: clip}``, and without a kind it is the method's own."""
-        if isinstance(value, str):
-            return {"kind": value}
+        """Without a kind it is the method's own."""
         if isinstance(value, Mapping) and "kind" not in value:
             return cls.model_fields["scorer"].get_default().model_dump() | value
         return value

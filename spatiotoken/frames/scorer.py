@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 Kind = Literal["pixels", "dinov2", "clip", "siglip2", "tower"]
 
@@ -39,6 +41,16 @@ class Scorer(BaseModel):
         min_length=1,
         description="directory where what was found is kept for the next question; null for none",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        """``clip`` is short for ``{kind: clip}``."""
+        return {"kind": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": list(get_args(Kind))}, handler(core_schema)]}
 
     @model_validator(mode="after")
     def _names_a_model(self) -> Scorer:
