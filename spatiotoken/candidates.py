@@ -59,7 +59,7 @@ class Candidates:
         encoding: dict[str, Any],
         encode: Callable[[dict[str, Any]], Any],
         questions: Sequence[Tensor | None],
-        seconds: Sequence[float] | None,
+        seconds: Tensor | Sequence[float] | None,
     ) -> list[Frames]:
         """One for each video.
 
@@ -69,7 +69,7 @@ class Candidates:
             seconds: of each video the length of a temporal unit; frames are numbered where there are none.
         """
         counts = [item.segments[0].grid[0] for item in self.adapter.items(self.core, "video", encoding)]
-        lengths = [1.0] * len(counts) if seconds is None else seconds
+        lengths = [1.0] * len(counts) if seconds is None else torch.as_tensor(seconds).tolist()
         times = [
             torch.arange(count, dtype=torch.float64) * float(length)
             for count, length in zip(counts, lengths, strict=True)

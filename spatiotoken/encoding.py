@@ -35,12 +35,12 @@ class Prompt:
     Attributes:
         input_ids: ``[B, L]``.
         valid: ``[B, L]`` False at padding; None if there is none.
-        seconds: of each video the length of a temporal unit; None where the model is not told.
+        seconds: ``[videos]`` the length of a temporal unit; None where the model is not told.
     """
 
     input_ids: Tensor
     valid: Tensor | None
-    seconds: Sequence[float] | None = None
+    seconds: Tensor | Sequence[float] | None = None
 
 
 @dataclass

@@ -288,12 +288,8 @@ class _Patch:
         """Remember the text for as long as pictures are encoded that belong to it."""
         before, mask = self.prompt, arguments.get("attention_mask")
         if input_ids is not None and input_ids.ndim == 2 and not input_ids.is_floating_point():
-            seconds = arguments.get("second_per_grid_ts")
-            self.prompt = Prompt(
-                input_ids,
-                mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-                seconds.tolist() if isinstance(seconds, Tensor) else seconds,
-            )
+            valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            self.prompt = Prompt(input_ids, valid, arguments.get("second_per_grid_ts"))
         try:
             yield
         finally:
