@@ -1,0 +1,187 @@
+"""Block-sparse attention through torch's flex attention, compiled."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import maybe_mark_dynamic
+from torch._inductor import config as inductor_config
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.functional import pad
+
+from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_bounds
+
+# Past dynamo's limit of recompiled variants a plain `torch.compile(flex_attention)` runs uncompiled without a word,
+# and that ignores all block lists. The variants here (head counts and sizes, block sizes, dtypes) count against a
+# function of our own, which is compiled whole or raises, and may have many.
+VARIANTS = 256
+# Keys that the mask's table has room for at least: fewer sizes to compile.
+LEAST_CAPACITY = 1024
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the backend cannot run on a device; None where it can."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "it needs triton to compile for CUDA"
+    if device.type != "cpu":
+        return f"it compiles for CPU and CUDA, not for {device.type}"
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        return "it needs a CPU with AVX2"
+    compilers = [name for name in inductor_config.cpp.cxx if name]
+    if not any(shutil.which(name) for name in compilers):
+        return f"it needs a C++ compiler, and there is none of {', '.join(compilers)}"
+    return None
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, *, scale: float, valid: Valid | None = None
+) -> Tensor:
+    """``[B, heads, Q, d]`` in the query's dtype: `SparsePattern`'s attention; padding comes out as zeros.
+
+    The first call with each combination of head counts, groups, head size, block sizes, dtype and least power of two
+    that holds the keys compiles for many seconds. Blocks are skipped, or computed without a mask, where the pattern
+    allows. The diagonal and every block that is not chosen but holds a column are computed whole and masked, so many
+    scattered columns make it slow.
+
+    Raises:
+        RuntimeError: where compilation is switched off, since the result would take ``Q x K`` memory.
+    """
+    num_keys = key.shape[2]
+    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
+    offset = num_keys - query.shape[2]
+    output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
+    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+        queries, keys = slice(max(0, first - offset), max(0, last - offset)), slice(first, last)
+        if queries.start < queries.stop:
+            output[row, :, queries] = _attend_row(
+                query[row : row + 1, :, queries],
+                key[row : row + 1, :, keys],
+                value[row : row + 1, :, keys],
+                pattern.blocks[row],
+                None if pattern.columns is None else pattern.columns[row],
+                (pattern.block_q, pattern.block_k),
+                scale,
+            )[0]
+    return output
+
+
+def seen_keys(blocks: Tensor, columns: Tensor | None, block_k: int, num_keys: int) -> Tensor:
+    """``[G, nq, K]`` bool: the keys that each block of queries has in its pattern, before causality.
+
+    Args:
+        blocks: bool ``[G, nq, nk]``, of a row without padding.
+        columns: ``[G, C]`` or None.
+    """
+    seen = blocks.repeat_interleave(block_k, dim=2)[..., :num_keys]
+    if columns is None:
+        return seen
+    # One more key takes what is no column.
+    striped = seen.new_zeros(len(seen), num_keys + 1)
+    striped.scatter_(1, columns.where((columns >= 0) & (columns < num_keys), num_keys), True)
+    return seen | striped[:, None, :num_keys]
+
+
+def split_blocks(seen: Tensor, first: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """``(full, partial)``, bool ``[G, nq, nk]`` each: blocks all of whose pairs are seen, and the others with some.
+
+    Args:
+        seen: as `seen_keys` has it, for the query blocks from number ``first`` on.
+    """
+    num_keys = seen.shape[-1]
+    # Keys past the end are no pairs: they must not keep a block from being full.
+    missing = -num_keys % block_k
+    tiled = pad(seen, (0, missing), value=True).unflatten(2, (-1, block_k))
+    some = pad(seen, (0, missing)).unflatten(2, (-1, block_k)).any(dim=-1)
+    low = (torch.arange(seen.shape[1], device=seen.device) + first)[:, None] * block_q
+    begin = torch.arange(tiled.shape[2], device=seen.device) * block_k
+    full = tiled.all(dim=-1) & ((begin + block_k).clamp(max=num_keys) - 1 <= low)
+    return full, some & (begin < low + block_q) & ~full
+
+
+def _attend_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    columns: Tensor | None,
+    sizes: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """One row without padding, ``[1, heads, Q, d]`` and ``[1, kv_heads, K, d]``."""
+    (_, heads, num_queries, _), num_keys, (block_q, block_k) = query.shape, key.shape[2], sizes
+    # Flex counts query blocks from the first query, a pattern from position 0: queries are added to fill a block.
+    first, added = divmod(num_keys - num_queries, block_q)
+    seen = seen_keys(blocks[:, first : -(-num_keys // block_q)], columns, block_k, num_keys)
+    share = heads // len(blocks)
+    lists = [_listed(x.repeat_interleave(share, dim=0)) for x in split_blocks(seen, first, block_q, block_k)]
+    query = pad(query, (0, 0, added, 0)).contiguous()
+    key, value = key.contiguous(), value.contiguous()
+    # Lengths are compiled as variables, except in what the mask reads: torch 2.14 mixes up their names in the C++ that
+    # it generates for masks. That table is filled up to a power of two, and each power is compiled anew.
+    capacity = max(LEAST_CAPACITY, 1 << (num_keys - 1).bit_length())
+    seen = pad(seen, (0, capacity - num_keys, 0, -(-capacity // block_q) - seen.shape[1]))
+    for tensor, dims in (
+        (query, [2]),
+        (key, [2]),
+        (value, [2]),
+        *((count, [2]) for count, _ in lists),
+        *((numbers, [2, 3]) for _, numbers in lists),
+    ):
+        maybe_mark_dynamic(tensor, dims)
+    position = torch.tensor(first * block_q, device=query.device)
+    with dynamo_config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS):
+        attended = _compiled()(query, key, value, *lists[0], *lists[1], seen, position, share, sizes, scale)
+    return attended[:, :, added:]
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``[1, H, nq]`` counts and ``[1, H, nq, nk]`` block numbers with the chosen ones first, int32, from a mask."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32)[None], order.to(torch.int32)[None]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_flex_row, fullgraph=True, dynamic=False)
+
+
+def _flex_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    full_counts: Tensor,
+    full_numbers: Tensor,
+    counts: Tensor,
+    numbers: Tensor,
+    seen: Tensor,
+    position: Tensor,
+    share: int,
+    sizes: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError("the flex backend runs compiled only, and torch.compile is switched off")
+
+    def mask(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        # Right for every pair, also of blocks that are not listed.
+        causal = key_index <= query_index + position
+        return causal & seen[head // share, query_index // sizes[0], key_index]
+
+    block_mask = torch_flex.BlockMask.from_kv_blocks(
+        counts,
+        numbers,
+        full_counts,
+        full_numbers,
+        BLOCK_SIZE=sizes,
+        mask_mod=mask,
+        seq_lengths=(query.shape[2], key.shape[2]),
+    )
+    attended: Any = torch_flex.flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True)
+    return attended

@@ -1,0 +1,115 @@
+"""Block-sparse attention on gathered keys: plain torch, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_bounds
+
+# Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
+# better at low density, but calls and flat matrices cost too. 64 measured best on a CPU at head size 128.
+TILE = 64
+
+
+def gather_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, *, scale: float, valid: Valid | None = None
+) -> Tensor:
+    """``[B, heads, Q, d]`` in the query's dtype: `SparsePattern`'s attention, one block of queries at a time.
+
+    Gathers the keys that a block of queries needs and multiplies them in float32, for all heads that share a pattern at
+    once; beside the output it holds the keys, values and logits of one block. Padding comes out as zeros. On a GPU the
+    host waits for the device at each block.
+    """
+    num_keys = key.shape[2]
+    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
+    offset = num_keys - query.shape[2]
+    # Written once where there is no padding: on large outputs even the zeros take a few percent of the time.
+    output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
+    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+        queries, keys = slice(max(0, first - offset), max(0, last - offset)), slice(first, last)
+        if queries.start < queries.stop:
+            _attend_row(
+                query[row, :, queries],
+                # Models hand over transposed views, from which gathering takes twice as long.
+                key[row, :, keys].float().contiguous(),
+                value[row, :, keys].float().contiguous(),
+                pattern.blocks[row],
+                None if pattern.columns is None else pattern.columns[row],
+                (pattern.block_q, pattern.block_k),
+                scale,
+                output[row, :, queries],
+            )
+    return output
+
+
+def _attend_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    columns: Tensor | None,
+    sizes: tuple[int, int],
+    scale: float,
+    output: Tensor,
+) -> None:
+    """One row without padding, ``[heads, Q, d]`` and ``[kv_heads, K, d]``, into ``output``."""
+    (heads, num_queries, dim), (kv_heads, num_keys, _) = query.shape, key.shape
+    (block_q, block_k), groups = sizes, blocks.shape[0]
+    # A group has `members` key heads with `sharing` query heads on each, which are stacked as if they were queries.
+    members, sharing = max(1, kv_heads // groups), heads // max(kv_heads, groups)
+    query, output = (x.unflatten(0, (groups, members, sharing)) for x in (query, output))
+    group_keys, group_values = (x.unflatten(0, (-1, members)).unbind() for x in (key, value))
+    most = int(blocks.sum(dim=-1).max()) * block_k + block_q + (0 if columns is None else columns.shape[-1])
+    near_key, near_value = (x.new_empty(members, min(most, num_keys), dim) for x in (key, value))
+    tile = min(block_q, TILE)
+    logits = key.new_empty(members * sharing * tile * near_key.shape[1])
+    # Keys are gathered latest first, so the first w keys of a tile are its w queries' own, and all others are earlier.
+    step = torch.arange(tile, device=key.device)
+    future = step < tile - 1 - step[:, None]
+    offset = num_keys - num_queries
+    for block in range(offset // block_q, -(-num_keys // block_q)):
+        low, high = max(block * block_q, offset), min((block + 1) * block_q, num_keys)
+        seen = _seen_keys(blocks[:, block], columns, block_k, high)
+        # All of the queries' own keys are gathered, so that tiles begin at known places.
+        whole = bool(seen[:, low:].all())
+        gathered = seen.clone()
+        gathered[:, low:] = True
+        counts = gathered.sum(dim=1).tolist()
+        indices = (high - 1 - gathered.flip(1).nonzero()[:, 1]).split(counts)
+        tiles = [slice(first - offset, min(first + tile, high) - offset) for first in range(low, high, tile)]
+        queries = [(query[:, :, :, rows].float() * scale).flatten(2, 3) for rows in tiles]
+        attended = [torch.empty_like(stacked) for stacked in queries]
+        for group, (index, count) in enumerate(zip(indices, counts, strict=True)):
+            kv = group * len(group_keys) // groups
+            block_key, block_value = near_key[:, :count], near_value[:, :count]
+            torch.index_select(group_keys[kv], 1, index, out=block_key)
+            torch.index_select(group_values[kv], 1, index, out=block_value)
+            for number, rows in enumerate(tiles):
+                width, later = rows.stop - rows.start, high - offset - rows.stop
+                size = members * sharing * width * (count - later)
+                weights = logits[:size].view(members, sharing, width, count - later)
+                stacked = weights.flatten(1, 2)
+                torch.bmm(queries[number][group], block_key[:, later:].transpose(1, 2), out=stacked)
+                weights[..., :width].masked_fill_(future[-width:, :width], -torch.inf)
+                if not whole:
+                    weights.masked_fill_(~seen[group, index[later:]], -torch.inf)
+                torch.bmm(stacked.softmax(dim=-1), block_value[:, later:], out=attended[number][group])
+        for rows, computed in zip(tiles, attended, strict=True):
+            output[:, :, :, rows] = computed.unflatten(2, (sharing, -1))
+
+
+def _seen_keys(blocks: Tensor, columns: Tensor | None, block_k: int, high: int) -> Tensor:
+    """``[G, high]`` bool: the keys below ``high`` that one block of queries has in its pattern.
+
+    Args:
+        blocks: bool ``[G, nk]``.
+        columns: ``[G, C]`` or None.
+    """
+    seen = blocks.repeat_interleave(block_k, dim=1)[:, :high]
+    if columns is None:
+        return seen
+    # One more key takes all that is no column here.
+    placed = columns.where((columns >= 0) & (columns < high), high)
+    return pad(seen, (0, 1)).scatter_(1, placed, True)[:, :high]
