@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def answers(model_type: str) -> list[str]:
     return ask(model, processor, {"": load_config("dense")}, examples("test", ANSWERS))[""].answers
 
 
-def measure(model_type: str) -> dict[str, dict[str, float]]:
-    """Accuracy, evidence recall and retention of every method's preset."""
+def measure(model_type: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Accuracy, evidence recall and retention of methods' presets."""
     model, processor = load_probe_model(model_type)
-    tallies = ask(model, processor, {name: preset(name) for name in methods()}, examples("test", QUESTIONS))
+    tallies = ask(model, processor, {name: preset(name) for name in names}, examples("test", QUESTIONS))
     runs = {name: tally.run(name) for name, tally in tallies.items()}
     fields = ("accuracy", "evidence_recall", "retention")
     return {name: {field: round(getattr(run, field), 4) for field in fields} for name, run in runs.items()}
@@ -56,7 +56,7 @@ def recorded() -> Mapping[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)  # as in the tests
-    document = {kind: {"answers": answers(kind), "methods": measure(kind)} for kind in PROBE_MODEL_TYPES}
+    document = {kind: {"answers": answers(kind), "methods": measure(kind, methods())} for kind in PROBE_MODEL_TYPES}
     PATH.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {PATH}")
 
