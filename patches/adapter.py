@@ -77,8 +77,8 @@ class Part:
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
         """Of their tokens, where a unit of full size has ``height * width``; never more than the share of the area."""
-        sides = (max(1, int(side * self.scale + 1e-6)) for side in (height, width))
-        return (len(self.units), *sides)  # type: ignore[return-value]
+        height, width = (max(1, int(side * self.scale + 1e-6)) for side in (height, width))
+        return len(self.units), height, width
 
 
 @dataclass(frozen=True)

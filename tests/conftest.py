@@ -123,6 +123,14 @@ def llava(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterat
     unpatch_model(chosen.model)
 
 
+@pytest.fixture(params=[name for name in TINY_MODEL_TYPES if name.startswith("qwen")])
+def qwen(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
+    """Each family with M-RoPE, whose tower takes pictures of any size."""
+    chosen = families[request.param]
+    yield chosen
+    unpatch_model(chosen.model)
+
+
 @pytest.fixture(params=TINY_MODEL_TYPES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family in turn; its model is left unpatched."""

@@ -88,11 +88,9 @@ def test_compact_positions_equal_just_those_frames(llava: Family) -> None:
     assert new.tolist() == expected.sequences[0, fewer["input_ids"].shape[1] :].tolist()
 
 
-def test_compact_needs_positions_of_one_dimension(family: Family) -> None:
-    if family.stacks_videos:
-        pytest.skip("1-D positions")
+def test_compact_needs_positions_of_one_dimension(qwen: Family) -> None:
     with pytest.raises(ValueError, match="frames.positions: 'compact' does not work with this model's M-RoPE"):
-        patch_model(family.model, "uniform", **{"frames.positions": "compact"})
+        patch_model(qwen.model, "uniform", **{"frames.positions": "compact"})
 
 
 def test_pictures(family: Family) -> None:
@@ -109,12 +107,10 @@ def test_pictures(family: Family) -> None:
     assert (given - pictures).abs().mean() < 5, "others differ by 40"
 
 
-def test_smaller_frames_are_the_pictures_made_small(family: Family) -> None:
-    inputs = family.inputs([VIDEO, QUESTION])
-    adapter, core = adapter_of(family), family.model.model
-    if not adapter.parts_apart:
-        pytest.skip("its tower takes one size")
-    encoding = video_encoding(family, inputs)
+def test_smaller_frames_are_the_pictures_made_small(qwen: Family) -> None:
+    inputs = qwen.inputs([VIDEO, QUESTION])
+    adapter, core = adapter_of(qwen), qwen.model.model
+    encoding = video_encoding(qwen, inputs)
     ((taken, _),) = adapter.take_frames(core, encoding, [[Part((0, 3)), Part((1, 2), 0.5)]])
     whole, small = adapter.items(core, "video", taken)
     _, height, width = adapter.items(core, "video", encoding)[0].segments[0].grid

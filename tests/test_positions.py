@@ -47,15 +47,13 @@ def test_rotary_of_members() -> None:
     assert cos[0, 0, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3] * 2 and torch.equal(sin, -cos)
 
 
-def test_pruned_tokens_have_one_position_each(family: Family) -> None:
+def test_pruned_tokens_have_one_position_each(qwen: Family) -> None:
     """Without merging there is nothing that a token could take from members."""
-    if own(family) != "ppe":
-        pytest.skip("1-D positions")
-    inputs = family.inputs([VIDEO, QUESTION])
-    patch_model(family.model, config("keep", "random"))
-    expected = family.logits(inputs)
-    patch_model(family.model, config("ppe", "random"))
-    assert torch.equal(family.logits(inputs), expected)
+    inputs = qwen.inputs([VIDEO, QUESTION])
+    patch_model(qwen.model, config("keep", "random"))
+    expected = qwen.logits(inputs)
+    patch_model(qwen.model, config("ppe", "random"))
+    assert torch.equal(qwen.logits(inputs), expected)
 
 
 def test_positions_change_the_answer_and_leave_no_trace(family: Family) -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention import flex_attention as torch_flex
 
 from spatiotoken.attention.kernels import SparsePattern, block_sparse_attention, flex, reference_attention, unavailable
-from spatiotoken.attention.kernels.pattern import visible_pairs
+from spatiotoken.attention.kernels.pattern import seen_keys, visible_pairs
 from tests.attention import TOLERANCE, Inputs, inputs, make_inputs
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_blocks_are_told_apart(case: Inputs) -> None:
     columns = None if pattern.columns is None else pattern.columns[:1]
     visible = visible_pairs(SparsePattern(blocks, columns, block_q, block_k), keys, keys)[0]
     first = (keys - case.query.shape[2]) // block_q
-    seen = flex.seen_keys(blocks[0, :, first:], None if columns is None else columns[0], block_k, keys)
+    seen = seen_keys(blocks[0, :, first:], None if columns is None else columns[0], block_k, keys)
     full, partial = flex.split_blocks(seen, first, block_q, block_k)
     assert not (full & partial).any()
     for number, rows in enumerate(visible[:, first * block_q :].split(block_q, dim=1)):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spatiotoken.attention.kernels.gather import gather_attention
-from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, pair_counts, row_bounds
+from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, pair_counts, row_slices
 from spatiotoken.attention.kernels.reference import reference_attention
 
 BACKENDS = ("reference", "gather", "flex", "triton")
@@ -50,8 +49,7 @@ def block_sparse_attention(
         return _dense(query, key, value, scale, valid)
     if name == "reference":
         return reference_attention(query, key, value, pattern, scale=scale, valid=valid).to(query.dtype)
-    attended: Tensor = _ForwardOnly.apply(query, key, value, pattern, scale, valid, name)
-    return attended
+    return _kernel(name)(query, key, value, pattern, scale=scale, valid=valid)
 
 
 def choose(
@@ -112,53 +110,26 @@ def _kernel(name: str) -> Callable[..., Tensor]:
     return gather_attention
 
 
-class _ForwardOnly(torch.autograd.Function):
-    # Without it the output would be cut off from the inputs, and gradients be wrong without a word.
-    @staticmethod
-    def forward(
-        context: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pattern: SparsePattern,
-        scale: float,
-        valid: Valid | None,
-        name: str,
-    ) -> Tensor:
-        context.name = name
-        return _kernel(name)(query.detach(), key.detach(), value.detach(), pattern, scale=scale, valid=valid)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"the {context.name} backend has no backward pass; take 'reference' for gradients")
-
-
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid | None) -> Tensor:
     """Each row by itself without its padding, so there is no mask where queries and keys are equally many."""
-    num_keys, groups = key.shape[2], query.shape[1] // key.shape[1]
-    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
-    offset = num_keys - query.shape[2]
-    rows = []
-    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        low, high = max(first, offset), max(last, offset)
-        if low >= high:
-            rows.append(torch.zeros_like(query[row]))
-            continue
+    groups, offset = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    output = list(torch.zeros_like(query))
+    for row, queries, keys in row_slices(query, key, valid):
         mask = None
-        if low > first:
-            position = torch.arange(first, last, device=query.device)
-            mask = position <= position[low - first :, None]
+        if (earlier := queries.start + offset - keys.start) > 0:
+            position = torch.arange(keys.stop - keys.start, device=query.device)
+            mask = position <= position[earlier:, None]
         # Repeated rather than left to torch's `enable_gqa`, which takes Q x K memory for float32 on GPUs.
         attended = scaled_dot_product_attention(
-            query[row, None, :, low - offset : high - offset],
-            key[row, None, :, first:last].repeat_interleave(groups, dim=1),
-            value[row, None, :, first:last].repeat_interleave(groups, dim=1),
+            query[row, None, :, queries],
+            key[row, None, :, keys].repeat_interleave(groups, dim=1),
+            value[row, None, :, keys].repeat_interleave(groups, dim=1),
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
         )
-        rows.append(torch.nn.functional.pad(attended[0], (0, 0, low - offset, num_keys - high)))
-    return torch.stack(rows)
+        output[row] = torch.nn.functional.pad(attended[0], (0, 0, queries.start, query.shape[2] - queries.stop))
+    return torch.stack(output)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, valid: Valid | None) -> None:

@@ -16,7 +16,8 @@ from torch._inductor import config as inductor_config
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import pad
 
-from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_bounds
+from spatiotoken.attention.kernels.forward_only import forward_only
+from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 
 # Past dynamo's limit of recompiled variants a plain `torch.compile(flex_attention)` runs uncompiled without a word,
 # and that ignores all block lists. The variants here (head counts and sizes, block sizes, dtypes) count against a
@@ -40,6 +41,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+@forward_only("flex")
 def flex_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, *, scale: float, valid: Valid | None = None
 ) -> Tensor:
@@ -53,39 +55,18 @@ def flex_attention(
     Raises:
         RuntimeError: where compilation is switched off, since the result would take ``Q x K`` memory.
     """
-    num_keys = key.shape[2]
-    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
-    offset = num_keys - query.shape[2]
     output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
-    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        queries, keys = slice(max(0, first - offset), max(0, last - offset)), slice(first, last)
-        if queries.start < queries.stop:
-            output[row, :, queries] = _attend_row(
-                query[row : row + 1, :, queries],
-                key[row : row + 1, :, keys],
-                value[row : row + 1, :, keys],
-                pattern.blocks[row],
-                None if pattern.columns is None else pattern.columns[row],
-                (pattern.block_q, pattern.block_k),
-                scale,
-            )[0]
+    for row, queries, keys in row_slices(query, key, valid):
+        output[row, :, queries] = _attend_row(
+            query[row : row + 1, :, queries],
+            key[row : row + 1, :, keys],
+            value[row : row + 1, :, keys],
+            pattern.blocks[row],
+            None if pattern.columns is None else pattern.columns[row],
+            (pattern.block_q, pattern.block_k),
+            scale,
+        )[0]
     return output
-
-
-def seen_keys(blocks: Tensor, columns: Tensor | None, block_k: int, num_keys: int) -> Tensor:
-    """``[G, nq, K]`` bool: the keys that each block of queries has in its pattern, before causality.
-
-    Args:
-        blocks: bool ``[G, nq, nk]``, of a row without padding.
-        columns: ``[G, C]`` or None.
-    """
-    seen = blocks.repeat_interleave(block_k, dim=2)[..., :num_keys]
-    if columns is None:
-        return seen
-    # One more key takes what is no column.
-    striped = seen.new_zeros(len(seen), num_keys + 1)
-    striped.scatter_(1, columns.where((columns >= 0) & (columns < num_keys), num_keys), True)
-    return seen | striped[:, None, :num_keys]
 
 
 def split_blocks(seen: Tensor, first: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:

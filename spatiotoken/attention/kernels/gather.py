@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_bounds
+from spatiotoken.attention.kernels.forward_only import forward_only
+from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 
 # Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
 # better at low density, but calls and flat matrices cost too. 64 measured best on a CPU at head size 128.
 TILE = 64
 
 
+@forward_only("gather")
 def gather_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, *, scale: float, valid: Valid | None = None
 ) -> Tensor:
@@ -22,25 +23,20 @@ def gather_attention(
     once; beside the output it holds the keys, values and logits of one block. Padding comes out as zeros. On a GPU the
     host waits for the device at each block.
     """
-    num_keys = key.shape[2]
-    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
-    offset = num_keys - query.shape[2]
     # Written once where there is no padding: on large outputs even the zeros take a few percent of the time.
     output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
-    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        queries, keys = slice(max(0, first - offset), max(0, last - offset)), slice(first, last)
-        if queries.start < queries.stop:
-            _attend_row(
-                query[row, :, queries],
-                # Models hand over transposed views, from which gathering takes twice as long.
-                key[row, :, keys].float().contiguous(),
-                value[row, :, keys].float().contiguous(),
-                pattern.blocks[row],
-                None if pattern.columns is None else pattern.columns[row],
-                (pattern.block_q, pattern.block_k),
-                scale,
-                output[row, :, queries],
-            )
+    for row, queries, keys in row_slices(query, key, valid):
+        _attend_row(
+            query[row, :, queries],
+            # Models hand over transposed views, from which gathering takes twice as long.
+            key[row, :, keys].float().contiguous(),
+            value[row, :, keys].float().contiguous(),
+            pattern.blocks[row],
+            None if pattern.columns is None else pattern.columns[row],
+            (pattern.block_q, pattern.block_k),
+            scale,
+            output[row, :, queries],
+        )
     return output
 
 
@@ -71,7 +67,7 @@ def _attend_row(
     offset = num_keys - num_queries
     for block in range(offset // block_q, -(-num_keys // block_q)):
         low, high = max(block * block_q, offset), min((block + 1) * block_q, num_keys)
-        seen = _seen_keys(blocks[:, block], columns, block_k, high)
+        seen = seen_keys(blocks[:, block : block + 1], columns, block_k, high)[:, 0]
         # All of the queries' own keys are gathered, so that tiles begin at known places.
         whole = bool(seen[:, low:].all())
         gathered = seen.clone()
@@ -98,18 +94,3 @@ def _attend_row(
                 torch.bmm(stacked.softmax(dim=-1), block_value[:, later:], out=attended[number][group])
         for rows, computed in zip(tiles, attended, strict=True):
             output[:, :, :, rows] = computed.unflatten(2, (sharing, -1))
-
-
-def _seen_keys(blocks: Tensor, columns: Tensor | None, block_k: int, high: int) -> Tensor:
-    """``[G, high]`` bool: the keys below ``high`` that one block of queries has in its pattern.
-
-    Args:
-        blocks: bool ``[G, nk]``.
-        columns: ``[G, C]`` or None.
-    """
-    seen = blocks.repeat_interleave(block_k, dim=1)[:, :high]
-    if columns is None:
-        return seen
-    # One more key takes all that is no column here.
-    placed = columns.where((columns >= 0) & (columns < high), high)
-    return pad(seen, (0, 1)).scatter_(1, placed, True)[:, :high]

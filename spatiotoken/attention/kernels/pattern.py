@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,36 @@ def row_bounds(valid: Valid | None, batch: int, num_keys: int, device: torch.dev
         torch.zeros(batch, dtype=torch.int64, device=device),
         torch.full((batch,), num_keys, dtype=torch.int64, device=device),
     )
+
+
+def row_slices(query: Tensor, key: Tensor, valid: Valid | None) -> Iterator[tuple[int, slice, slice]]:
+    """Number of each row that has valid queries, which of its queries these are, and its valid keys.
+
+    Waits for the device where there is padding.
+    """
+    num_keys, offset = key.shape[2], key.shape[2] - query.shape[2]
+    start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
+    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+        queries = slice(max(0, first - offset), max(0, last - offset))
+        if queries.start < queries.stop:
+            yield row, queries, slice(first, last)
+
+
+def seen_keys(blocks: Tensor, columns: Tensor | None, block_k: int, num_keys: int) -> Tensor:
+    """``[G, nq, K]`` bool: the keys that each block of queries has in its pattern, before causality.
+
+    Args:
+        blocks: bool ``[G, nq, nk]``, of a row without padding.
+        columns: ``[G, C]`` or None.
+        num_keys: ``K``; later ones are left out.
+    """
+    seen = blocks.repeat_interleave(block_k, dim=2)[..., :num_keys]
+    if columns is None:
+        return seen
+    # One more key takes what is no column.
+    striped = seen.new_zeros(len(seen), num_keys + 1)
+    striped.scatter_(1, columns.where((columns >= 0) & (columns < num_keys), num_keys), True)
+    return seen | striped[:, None, :num_keys]
 
 
 def valid_queries(num_queries: int, num_keys: int, valid: Valid) -> Tensor:

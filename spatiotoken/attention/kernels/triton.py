@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spatiotoken.attention.kernels.forward_only import forward_only
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_bounds
 
 MAX_HEAD_DIM = 128
@@ -314,6 +315,7 @@ def attend_constants(tiles: Tiling, head_dim: int, block_q: int, block_k: int, s
     }
 
 
+@forward_only("triton")
 def triton_attention(
     query: Tensor,
     key: Tensor,
@@ -339,23 +341,10 @@ def triton_attention(
         RuntimeError: off CUDA and outside triton's interpreter; in the backward pass, since there is none.
     """
     _check(query, key, value, pattern, scale)
-    return _ForwardOnly.apply(query, key, value, pattern, scale, valid)
-
-
-class _ForwardOnly(torch.autograd.Function):
-    # Without it the output would be cut off from the inputs and gradients be wrong without a word.
-    @staticmethod
-    def forward(
-        context: Any, query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, scale: float, valid: Any
-    ) -> Tensor:
-        if INTERPRETED and query.dtype == torch.bfloat16:
-            # The interpreter keeps bfloat16 as integers and multiplies those.
-            return _launch(query.float(), key.float(), value.float(), pattern, scale, valid).to(query.dtype)
-        return _launch(query, key, value, pattern, scale, valid)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("the triton backend has no backward pass; take another one for gradients")
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        # The interpreter keeps bfloat16 as integers and multiplies those.
+        return _launch(query.float(), key.float(), value.float(), pattern, scale, valid).to(query.dtype)
+    return _launch(query, key, value, pattern, scale, valid)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, scale: float) -> None:
