@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
+class _Asked:
+    """Values of which some are there only if a method asks for them."""
+
+    noun: ClassVar[str]
+
+    def needed(self, name: str) -> Tensor:
+        """A value that the method has asked for, made now where it is made only when called for.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"these {self.noun} come without {name}, which the method needs")
+        return value() if callable(value) else value
+
+
 @dataclass(frozen=True)
-class VideoFeatures:
+class VideoFeatures(_Asked):
     """Projected visual tokens of one video (or of one image, as a video of one frame).
 
     All but the first two are there only if the method asks for them (``TokenReducer.needs``).
@@ -28,6 +45,8 @@ class VideoFeatures:
         question: ``[L, D]`` embeddings of the text that follows the pictures.
         tiles: ``(rows, columns)`` of the tiles that a picture was joined from.
     """
+
+    noun: ClassVar[str] = "features"
 
     embeddings: Tensor
     grid: tuple[int, int, int]
@@ -62,17 +81,6 @@ class VideoFeatures:
     def frames(self) -> Tensor:
         """``[T, H * W, D]`` view of the tokens, frame by frame."""
         return self.embeddings.unflatten(0, (self.grid[0], self.tokens_per_frame))
-
-    def needed(self, name: str) -> Tensor:
-        """A value that the method has asked for.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"these features come without {name}, which the method needs")
-        return value
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class ReducedTokens:
 
 
 @dataclass(frozen=True)
-class Frames:
+class Frames(_Asked):
     """Candidate frames as a selector sees them.
 
     All but the first are there only if the selector asks for them (``FrameSelector.needs``).
@@ -124,6 +132,8 @@ class Frames:
         relevance: ``[T]`` float32 how similar each frame is to the question.
         score: makes the ``relevance`` of frames of these numbers, for those who want to pay for a few only.
     """
+
+    noun: ClassVar[str] = "frames"
 
     timestamps: Tensor
     features: Tensor | None = None
@@ -146,17 +156,6 @@ class Frames:
     @property
     def num_frames(self) -> int:
         return self.timestamps.shape[0]
-
-    def needed(self, name: str) -> Tensor:
-        """A value that the selector has asked for.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"these frames come without {name}, which the selector needs")
-        return value
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class FrameChoice:
 
 
 @dataclass(frozen=True)
-class LayerTokens:
+class LayerTokens(_Asked):
     """Visual tokens of one sample, just before a decoder layer.
 
     The last four are there only if the method asks for them (``LayerReducer.needs``).
@@ -212,6 +211,8 @@ class LayerTokens:
         depth: how many decoder layers there are.
     """
 
+    noun: ClassVar[str] = "tokens"
+
     layer: int
     num_initial: int
     attention: Tensor | None = None
@@ -219,17 +220,6 @@ class LayerTokens:
     hidden: Tensor | None = None
     coordinates: Tensor | None = None
     depth: int = 0
-
-    def needed(self, name: str) -> Tensor:
-        """A value that the method has asked for.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"these tokens come without {name}, which the method needs")
-        return value() if callable(value) else value
 
 
 @dataclass(frozen=True)

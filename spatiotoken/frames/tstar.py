@@ -125,7 +125,7 @@ class TStar(ScoredSelector, method="tstar", paper="2504.02259"):
         if total <= self.num_frames:
             return FrameChoice.everything(frames)
         if frames.score is None:
-            raise ValueError("these frames come without score, which the selector needs")
+            raise ValueError("these frames come without score, which the method needs")
         generator = torch.Generator().manual_seed(self.seed)
         looks = min(total, max(self.grid, math.ceil(self.budget * total)))
         numbers = list(uniform_indices(total, self.grid))
