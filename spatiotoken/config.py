@@ -51,6 +51,11 @@ class PatchConfig(BaseModel):
         """The methods that are set, by stage, in the order in which the data passes them."""
         return {stage: method for stage in STAGES if (method := getattr(self, stage)) is not None}
 
+    @property
+    def places_tokens(self) -> bool:
+        """Whether a stage inside the model wants to know where in space and time each token lies."""
+        return any(stage is not None and "coordinates" in stage.needs for stage in (self.layers, self.attention))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``load_config`` reads back to an equal config."""
         head: dict[str, Any] = {"description": self.description, "images": self.images}

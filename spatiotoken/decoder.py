@@ -60,6 +60,8 @@ class SequenceStages:
             return original(**arguments)
         mask = arguments.get("attention_mask")
         forward.custom_mask = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        if self.config.places_tokens and forward.has_pictures:
+            forward.coordinates = coordinates_at(forward.recorder.layouts, forward.recorder.places)
         if forward.visual is not None:
             return self._shorten(original, arguments, forward)
         if is_logical(arguments.get("past_key_values")):
@@ -118,8 +120,6 @@ class SequenceStages:
                 forward.members = self._member_positions(arguments, rows, forward)
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
-        if self.config.layers and "coordinates" in self.config.layers.needs:
-            forward.coordinates = coordinates_at(forward.recorder.layouts, forward.recorder.places)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
         if shortened or past:
             # Without a cache an explicit mask, as `layer_mask` says.

@@ -108,7 +108,7 @@ class FeatureStages:
         device = features[0].device
         sizes = [item.size + trailing for item in full]
         coordinates = None
-        if self.config.layers and "coordinates" in self.config.layers.needs:
+        if self.config.places_tokens:
             coordinates = _coordinates(full, trailing, device)
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=device)
         bearers = torch.arange(features[0].shape[0], device=device)

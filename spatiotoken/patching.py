@@ -123,10 +123,9 @@ class _Patch:
         self.core = adapter.core(model)
         self.features = FeatureStages(adapter, self.core, config, processor)
         self.sequence = SequenceStages(adapter, model, config)
-        self.attention: dispatch.SparseAttention | None = None
+        self.attention = None  # what the model's own attention is called
         if config.attention:
-            base = dispatch.base_implementation(self.sequence.language_model.config)
-            self.attention = dispatch.SparseAttention(config.attention, base)
+            self.attention = dispatch.base_implementation(self.sequence.language_model.config)
         self.undo = Undo()
         self.recorder: Recorder | None = None
         # Kinds that `generate` had encoded before its first forward; they belong to the report of that forward.
@@ -144,7 +143,7 @@ class _Patch:
             for owner in (self.model, self.core):
                 self.undo.set(owner, _HANDLE, self)
             # What takes part: where something is reduced, or the `layers` method wants to know how features lie.
-            placed = config.layers and "coordinates" in config.layers.needs
+            placed = config.places_tokens
             taken = {
                 "video": config.frames or config.tokens or placed,
                 "image": config.images and (config.tokens or placed),
@@ -171,10 +170,11 @@ class _Patch:
                     self._wrap(layer, "forward", functools.partial(between.layer, index), keep_positional=True)
                 if self.adapter.has_deepstack:
                     self._wrap(sequence.language_model, "_deepstack_process", between.deepstack, keep_positional=True)
-            if self.attention:
-                for layer in sequence.layers:
-                    self.undo.set(layer.self_attn, dispatch.SLOT, self.attention)
-                name = dispatch.register(self.attention.base)
+            if config.attention and self.attention:
+                for index, layer in enumerate(sequence.layers):
+                    slot = dispatch.SparseAttention(config.attention, self.attention, index, len(sequence.layers))
+                    self.undo.set(layer.self_attn, dispatch.SLOT, slot)
+                name = dispatch.register(self.attention)
                 self.undo.set(sequence.language_model.config, "_attn_implementation_internal", name)
         except BaseException:
             self.undo.revert()
@@ -257,6 +257,7 @@ class _Patch:
         else:
             embeds = arguments["inputs_embeds"]
             image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
+        forward.has_pictures = True
         forward.recorder.places = {"video": video, "image": image}
         for kind, encoded in (arguments.get("mm_encoder_outputs") or {}).items():
             if (layout := getattr(encoded, ATTRIBUTE, None)) is not None:

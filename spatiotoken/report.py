@@ -31,6 +31,19 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """Attention of one decoder layer in the last prefill.
+
+    Attributes:
+        density: share of the causal (query, key) pairs that was computed, over the batch.
+        backends: what ran, by name; "dense" is the model's own attention, where next to nothing would have been saved.
+    """
+
+    density: float
+    backends: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ForwardReport:
     """The last prefill of a patched model and the decoding since, summed over the batch.
 
@@ -49,6 +62,8 @@ class ForwardReport:
         layer_tokens: how many tokens entered each decoder layer.
         seen: for each sample and each of its video tokens (newlines included), whether the last decoder layer still had
             it, itself or merged into another; None if nothing was reduced, or if the prompt came in chunks.
+        attention: what each decoder layer attended; empty without a method in the stage ``attention``, or where it had
+            nothing to do.
     """
 
     prompt_tokens: int
@@ -65,6 +80,7 @@ class ForwardReport:
     frames: tuple[tuple[int, ...], ...] | None
     layer_tokens: tuple[int, ...]
     seen: tuple[tuple[bool, ...], ...] | None
+    attention: tuple[AttentionReport, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +104,8 @@ class Recorder:
         # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
         self.layer_lengths: list[list[int] | Tensor] = [[] for _ in range(depth)]
         self.dense_lengths: list[int] | Tensor = []
+        # By decoder layer: causal pairs of each row, with the share that was computed and the kernel that ran.
+        self._attended: dict[int, list[tuple[int, float, str]]] = {}
         self._stages: dict[str, _Stage] = {}
         self._spans: dict[str, list[_Span]] = {}
 
@@ -96,6 +114,10 @@ class Recorder:
         entry = self._stages.setdefault(stage, _Stage(method))
         entry.tokens_in = entry.tokens_in + tokens_in
         entry.tokens_out = entry.tokens_out + tokens_out
+
+    def attended(self, layer: int, length: int, density: float, backend: str) -> None:
+        """Note how one row of ``length`` tokens attended in a decoder layer."""
+        self._attended.setdefault(layer, []).append((length * (length + 1) // 2, density, backend))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -119,6 +141,7 @@ class Recorder:
             for name in STAGES
             if (entry := self._stages.get(name))
         }
+        attention = self._attention()
         return ForwardReport(
             prompt_tokens=prompt,
             visual_tokens=visual,
@@ -128,13 +151,22 @@ class Recorder:
             prefill_ms=self.milliseconds("encode") + self.milliseconds("prefill"),
             decode_ms=self.milliseconds("decode"),
             decode_steps=self.decode_steps,
-            prefill_flops=_flops(layers, layer_lengths),
-            prefill_flops_dense=_flops(layers, dense_lengths),
+            prefill_flops=_flops(layers, layer_lengths, [entry.density for entry in attention]),
+            prefill_flops_dense=_flops(layers, dense_lengths, []),
             peak_memory_bytes=peak_memory_bytes(self.device),
             frames=self.frames,
             layer_tokens=tuple(sum(lengths) for lengths in layer_lengths),
             seen=self._seen(),
+            attention=attention,
         )
+
+    def _attention(self) -> tuple[AttentionReport, ...]:
+        reports = []
+        for _, rows in sorted(self._attended.items()):
+            computed = sum(pairs * density for pairs, density, _ in rows)
+            backends = tuple(sorted({backend for *_, backend in rows}))
+            reports.append(AttentionReport(computed / sum(pairs for pairs, *_ in rows), backends))
+        return tuple(reports)
 
     def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
         places, layout = self.places.get("video"), self.layouts.get("video")
@@ -192,13 +224,17 @@ class _Span:
         return event
 
 
-def _flops(layers: nn.ModuleList, lengths: list[list[int]]) -> float:
-    """Multiply-adds counted as two, of the weights and of causal attention; embeddings and norms left out."""
+def _flops(layers: nn.ModuleList, lengths: list[list[int]], densities: list[float]) -> float:
+    """Multiply-adds counted as two, of the weights and of causal attention; embeddings and norms left out.
+
+    Args:
+        densities: share of the pairs that attention computes in each layer; none for all of them.
+    """
     total = 0.0
-    for layer, samples in zip(layers, lengths, strict=True):
+    for layer, samples, density in zip(layers, lengths, densities or [1.0] * len(layers), strict=True):
         weights = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
         width: int = layer.get_submodule("self_attn.o_proj").in_features  # type: ignore[assignment]
         for n in samples:
             # Scores and weighted values, half of the square each: 2 products x 2 x n^2 / 2 x width.
-            total += 2.0 * weights * n + 2.0 * n * n * width
+            total += 2.0 * weights * n + 2.0 * n * n * width * density
     return total

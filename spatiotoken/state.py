@@ -23,6 +23,7 @@ class Forward:
         recorder: collects the report.
         custom_mask: the caller brought a mask of its own making, which only the model's own attention understands.
         tail: how many of the last output rows the caller reads; None for all of them.
+        has_pictures: the pass brings new pictures.
         visual: ``[B, K]`` True at visual tokens that may be dropped; None if the pass brings no new pictures.
         rows: what is left of the sequence at the layer at hand; None if nothing is tracked.
         since_entry: ``[B, K]`` which of the rows that entered the language model are left; None while all are.
@@ -31,9 +32,10 @@ class Forward:
         overrides: position arguments of decoder layers, cut like the sequence.
         masks: the mask of each decoder layer, where not all layers have the same.
         members: ``[members, 3, B, K]`` positions of the members of merged rows; None where rows have their own.
-        coordinates: ``[B, L, 4]`` where each visual token lies; None unless the ``layers`` method asks.
+        coordinates: ``[B, L, 4]`` where each visual token lies; None unless a stage inside the model asks.
         memory: what the ``layers`` method wants to know of its earlier layers, by sample.
         absorbed: sample, tokens and survivors of each merge between layers, as rows of the original prompt.
+        real_rows: the attention mask at hand, and of each sample that has any its number and which rows are no padding.
         scored: input and position embeddings of the layer whose attention ranks the tokens.
     """
 
@@ -41,6 +43,7 @@ class Forward:
     recorder: Recorder
     tail: int | None = None
     custom_mask: bool = False
+    has_pictures: bool = False
     visual: Tensor | None = None
     rows: Rows | None = None
     since_entry: Tensor | None = None
@@ -53,6 +56,7 @@ class Forward:
     coordinates: Tensor | None = None
     memory: dict[int, Any] = field(default_factory=dict)
     absorbed: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    real_rows: tuple[Any, list[tuple[int, slice]]] | None = None
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class _Asked:
+class Asked:
     """Values of which some are there only if a method asks for them."""
 
     noun: ClassVar[str]
@@ -28,7 +28,7 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class VideoFeatures(_Asked):
+class VideoFeatures(Asked):
     """Projected visual tokens of one video (or of one image, as a video of one frame).
 
     All but the first two are there only if the method asks for them (``TokenReducer.needs``).
@@ -120,7 +120,7 @@ class ReducedTokens:
 
 
 @dataclass(frozen=True)
-class Frames(_Asked):
+class Frames(Asked):
     """Candidate frames as a selector sees them.
 
     All but the first are there only if the selector asks for them (``FrameSelector.needs``).
@@ -194,7 +194,7 @@ class FrameChoice:
 
 
 @dataclass(frozen=True)
-class LayerTokens(_Asked):
+class LayerTokens(Asked):
     """Visual tokens of one sample, just before a decoder layer.
 
     The last four are there only if the method asks for them (``LayerReducer.needs``).

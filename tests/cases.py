@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from spatiotoken.attention import sliding_vertical
+from spatiotoken.attention import Attended, PrefillInputs, SparsePrefill
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.frames import FrameSelector
 from spatiotoken.layers.fastv import FastV
@@ -122,7 +123,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("layers", "fastv"): {"layer": 2, "retention": 0.5},
     ("layers", "framefusion"): {"cost": 0.5, "similarity": 0.9},
     ("layers", "sttm"): {"layer": 2, "spatial": 0.5, "temporal": 0.6, "root_level": 0},
-    ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 16},
+    ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 4},
 }
 
 REPRESENTATIVE = ("kmeans", "slow_fast", "tifre", "random", "downsample", "visionzip", "cdpruner")
@@ -168,8 +169,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make question-aware choices once, at the first prefill, and repeat them afterwards.
 
     "The same kept tokens" cannot be had otherwise when a longer prompt is computed again: some `tokens` methods compare
-    with all text that follows the pictures, FastV ranks by its last
-    token, FrameFusion by what all give, and sparse prefill treats as prompt what was decoded densely.
+    with all text that follows the pictures, FastV ranks by its last token, FrameFusion by what all give, and sparse
+    prefill treats as prompt what was decoded densely.
     """
     fuse = FrameFusion.reduce
     fused: dict[int, LayerReduction] = {}
@@ -177,10 +178,10 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     originals: dict[type, Any] = {}
     picked: dict[Any, FrameChoice] = {}
     selects: dict[type, Any] = {}
-    select, attend = FastV.select, sliding_vertical.SlidingVertical.attend
+    attends: dict[type, Any] = {}
+    prompts: dict[int, int] = {}
+    select = FastV.select
     chosen: list[torch.Tensor] = []
-    columns: dict[int, torch.Tensor] = {}
-    calls = {"layer": 0}
 
     def select_once(self: FastV, tokens: Any) -> torch.Tensor:
         if not chosen:
@@ -206,31 +207,19 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             picked[key] = selects[type(self)](self, frames)
         return picked[key]
 
-    def attend_once(self: Any, query: Any, key: Any, value: Any, key_valid: Any, scale: float) -> torch.Tensor:
-        layer = calls["layer"] % 4
-        calls["layer"] += 1
-        assert key_valid is None
-        if layer not in columns:
-            mass = sliding_vertical.column_mass(query[:, :, -self.last_queries :], key, None, scale)
-            columns[layer] = sliding_vertical.important_columns(mass, None, self.sink, self.columns)
-            assert torch.equal(
-                attend(self, query, key, value, None, scale),
-                sliding_vertical.gather_attention(
-                    query, key, value, columns[layer], None, self.window, self.block, scale
-                ),
-            )
+    def attend_once(self: SparsePrefill, inputs: PrefillInputs) -> Attended:
+        prompt = prompts.setdefault(inputs.layer, inputs.length)
+        states = {name: getattr(inputs, name)[:, :prompt] for name in ("query", "key", "value")}
+        places = None if inputs.coordinates is None else inputs.coordinates[:prompt]
+        first = attends[type(self)](self, replace(inputs, **states, coordinates=places))
+        if prompt == inputs.length or first.output is None:
+            return first
+        # Rows that were decoded one by one were dense.
         dense = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            inputs.query, inputs.key, inputs.value, is_causal=True, scale=inputs.scale, enable_gqa=True
         )
-        sparse = sliding_vertical.gather_attention(
-            query, key, value, columns[layer], None, self.window, self.block, scale
-        )
-        # Rows that were decoded one by one were dense; the prompt's own rows end where those begin.
-        decoded = max(0, query.shape[2] - lengths.setdefault(layer, query.shape[2]))
-        boundary = query.shape[2] - decoded
-        return torch.cat([sparse[:, :, :boundary], dense[:, :, boundary:]], dim=2)
+        return replace(first, output=torch.cat([first.output, dense[:, prompt:]], dim=1))
 
-    lengths: dict[int, int] = {}
     monkeypatch.setattr(FastV, "select", select_once)
     monkeypatch.setattr(FrameFusion, "reduce", fuse_once)
     for method in METHODS["tokens"].items().values():
@@ -241,6 +230,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if issubclass(method, FrameSelector) and method.needs & {"relevance", "score"}:
             selects[method] = method.select
             monkeypatch.setattr(method, "select", pick_once)
-    monkeypatch.setattr(sliding_vertical.SlidingVertical, "attend", attend_once)
+    for method in METHODS["attention"].items().values():
+        assert issubclass(method, SparsePrefill)
+        attends[method] = method.attend
+        monkeypatch.setattr(method, "attend", attend_once)
     yield
     monkeypatch.undo()

@@ -286,6 +286,10 @@ def test_host_waits_do_not_grow_with_frames(
 ) -> None:
     for module in ("divprune", "todre"):  # as on a GPU
         monkeypatch.setattr(f"spatiotoken.tokens.{module}.waits_are_free", lambda device: False)
+    # The CPU's kernel waits at each block, the GPU's does not at all.
+    monkeypatch.setattr("spatiotoken.attention.base.block_sparse_attention", lambda query, *_, **__: query)
+    # Each layer asks once how much there is to compute, and each new mask which rows are padding.
+    sparse = 4 + 2 if config.get("attention") else 0
     counts = []
     for frames in (4, 8, 16):
         inputs = family.inputs([("video", "pancake", frames), QUESTION])
@@ -297,7 +301,7 @@ def test_host_waits_do_not_grow_with_frames(
         with patched(family.model, config), counted_waits() as waits:
             family.logits(inputs)
         counts.append(len(waits) - len(unpatched))
-    assert max(counts) <= 8, counts
+    assert max(counts) <= 8 + sparse, counts
     assert counts[1] == counts[2], counts
 
 

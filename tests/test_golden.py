@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from spatiotoken.attention.sliding_vertical import column_mass, important_columns
 from spatiotoken.layers.fastv import FastV, fastv_selection
 from spatiotoken.structures import LayerTokens, VideoFeatures
 from spatiotoken.tokens.divprune import DivPrune, divprune_count, divprune_order
@@ -43,12 +42,3 @@ def test_fastv() -> None:
         assert torch.equal(torch.cat([text[:start], kept, text[stop:]]), expected)
         method = FastV(retention=hyper["attention_rank"] / hyper["image_len"])
         assert torch.equal(start + method.select(LayerTokens(2, hyper["image_len"], visual)), kept)
-
-
-def test_sliding_vertical_columns() -> None:
-    """The vertical lines of MInference, whose first 30 are always kept."""
-    for hyper, tensors in cases("MInference"):
-        query, key = tensors["in.q"].float(), tensors["in.k"].float()
-        mass = column_mass(query[:, :, -hyper["last_q"] :], key, None, query.shape[-1] ** -0.5)
-        columns = important_columns(mass, None, hyper["sink"], hyper["vertical_size"] - hyper["sink"])
-        assert torch.equal(columns[0, 0].int(), tensors["out.vertical_unsorted"].sort().values)

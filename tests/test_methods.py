@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from spatiotoken.attention.sliding_vertical import SlidingVertical
 from spatiotoken.frames.kmeans import KMeans, kmeans_keyframes
 from spatiotoken.frames.uniform import Uniform, uniform_indices
 from spatiotoken.layers.fastv import FastV
@@ -114,59 +113,6 @@ def test_kmeans_gives_as_many_as_asked_of_a_still_picture() -> None:
     still = Frames(torch.arange(9.0), torch.ones(9, 4))
     assert len(KMeans(num_frames=4).select(still).indices) == 4
     assert KMeans(num_frames=9).select(still).indices == tuple(range(9))
-
-
-@pytest.mark.parametrize("queries", [40, 17])
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_sliding_vertical_equals_a_dense_mask(queries: int, block: int) -> None:
-    keys, heads, groups, dim = 40, 4, 2, 8
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, heads, queries, dim, generator=generator)
-    key, value = (torch.randn(2, heads // groups, keys, dim, generator=generator) for _ in range(2))
-    valid = torch.ones(2, keys, dtype=torch.bool)
-    valid[1, :5] = False
-    method = SlidingVertical(sink=2, window=4, columns=3, last_queries=6, block=block)
-    assert not method.is_dense(queries, keys) and method.is_dense(4, 4) and method.is_dense(5, 5)
-    actual = method.attend(query, key, value, valid, dim**-0.5)
-
-    position = torch.arange(keys)
-    rows = position[keys - queries :, None]
-    causal = (position <= rows)[None] & valid[:, None]
-    wide = key.repeat_interleave(groups, dim=1).double()
-    logits = (query.double() @ wide.transpose(-1, -2)) * dim**-0.5
-    last = logits[:, :, -6:].masked_fill(~causal[:, None, -6:], -torch.inf).softmax(dim=-1).sum(dim=2)
-    allowed = torch.zeros(2, heads, keys, dtype=torch.bool)
-    for sample, first in enumerate((0, 5)):
-        for head in range(heads):
-            mass = last[sample, head].clone()
-            mass[:first] = -1
-            mass[first : first + 2] = torch.inf
-            allowed[sample, head, mass.topk(5).indices] = True
-    pattern = causal[:, None] & ((position > rows - 4)[None, None] | allowed[:, :, None])
-    weights = logits.masked_fill(~pattern, -torch.inf).softmax(dim=-1).nan_to_num()
-    expected = weights @ value.repeat_interleave(groups, dim=1).double()
-    real = valid[:, keys - queries :]
-    for sample in range(2):
-        torch.testing.assert_close(
-            actual[sample][:, real[sample]].double(), expected[sample][:, real[sample]], atol=1e-5, rtol=1e-5
-        )
-    assert torch.isfinite(actual).all()
-
-
-def test_sliding_vertical_holds_no_square_tensor() -> None:
-    sizes: list[int] = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
-    length = 4096
-    query, key = torch.randn(1, 2, length, 8), torch.randn(1, 1, length, 8)
-    with Watch():
-        SlidingVertical(sink=4, window=64, columns=60).attend(query, key, key, None, 1.0)
-    assert max(sizes) < length * length // 16
 
 
 @pytest.mark.parametrize(

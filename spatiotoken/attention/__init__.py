@@ -1,5 +1,6 @@
 """Methods of the `attention` stage, one file each."""
 
-from spatiotoken.attention.base import SparsePrefill
+from spatiotoken.attention.base import Attended, BlockPattern, Part, PrefillInputs, SparsePrefill
+from spatiotoken.attention.kernels import SparsePattern
 
-__all__ = ["SparsePrefill"]
+__all__ = ["Attended", "BlockPattern", "Part", "PrefillInputs", "SparsePattern", "SparsePrefill"]

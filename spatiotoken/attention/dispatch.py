@@ -10,13 +10,15 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spatiotoken.attention.base import SparsePrefill
-from spatiotoken.state import ACTIVE
+from spatiotoken.attention.base import PrefillInputs, SparsePrefill
+from spatiotoken.attention.kernels.pattern import Valid, row_slices
+from spatiotoken.state import ACTIVE, Forward
 
 SLOT = "_spatiotoken_attention"
 """Attribute of an attention module that holds its ``SparseAttention``."""
@@ -26,10 +28,12 @@ SUPPORTED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_a
 
 @dataclass(frozen=True)
 class SparseAttention:
-    """What an attention module is patched with: the method, and the implementation it had before."""
+    """What an attention module is patched with: the method, the implementation it had before, and its place."""
 
     method: SparsePrefill
     base: str
+    layer: int
+    depth: int
 
 
 def base_implementation(config: PreTrainedConfig) -> str:
@@ -66,25 +70,69 @@ def sparse_attention(
     """The method where a whole long prompt is prefilled at once, the model's own attention for everything else."""
     patch: SparseAttention = module.__dict__[SLOT]
     forward = ACTIVE.get()
-    queries, keys = query.shape[2], key.shape[2]
-    # Rows that see earlier ones in a cache (decoding, further turns, candidates of assisted decoding, all rows with a
-    # static cache) are no prefill of the whole, and a caller's own mask may be anything.
-    partial = queries != keys or kwargs.get("sliding_window") is not None
-    if forward is None or forward.custom_mask or partial or patch.method.is_dense(queries, keys):
+
+    def own() -> tuple[Tensor, Tensor | None]:
         # Eager attention is no entry of the registry but a function of each model's module.
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        own = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)
-        return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    # Rows that see earlier ones in a cache (decoding, further turns, candidates of assisted decoding, all rows with a
+    # static cache) are no prefill of the whole, and a caller's own mask may be anything.
+    partial = query.shape[2] != key.shape[2] or kwargs.get("sliding_window") is not None
+    if forward is None or forward.custom_mask or partial:
+        return own()
     with forward.recorder.span("attention"):
+        # Layers share their mask, so that the wait for what it says is not for each layer.
+        if forward.real_rows is None or forward.real_rows[0] is not attention_mask:
+            valid = row_bounds_of(attention_mask, key.shape[2])
+            forward.real_rows = attention_mask, [(row, real) for row, real, _ in row_slices(query, key, valid)]
+        rows = forward.real_rows[1]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = patch.method.attend(query, key, value, key_valid(attention_mask, key.shape[2]), scale)
-    return output.transpose(1, 2).contiguous(), None
+        attended = [
+            patch.method.attend(
+                PrefillInputs(
+                    query[row, :, real],
+                    key[row, :, real],
+                    value[row, :, real],
+                    scale,
+                    patch.layer,
+                    patch.depth,
+                    _coordinates(forward, row, real, query.device) if "coordinates" in patch.method.needs else None,
+                )
+            )
+            for row, real in rows
+        ]
+        for (_, real), one in zip(rows, attended, strict=True):
+            forward.recorder.attended(patch.layer, real.stop - real.start, one.density, one.backend)
+        if all(one.output is None for one in attended):
+            return own()
+        # Zeros at padding. What is dense of a mixed batch is taken from dense attention over the whole batch.
+        batch, heads, length, dim = query.shape
+        mixed = any(one.output is None for one in attended)
+        output = own()[0].clone() if mixed else query.new_zeros(batch, length, heads, dim)
+        for (row, real), one in zip(rows, attended, strict=True):
+            if one.output is not None:
+                output[row, real] = one.output.transpose(0, 1)
+    return output, None
 
 
-def key_valid(mask: Tensor | None, keys: int) -> Tensor | None:
-    """``[B, keys]`` False at padding, from the mask of any backend; None where there is no padding to tell."""
+def row_bounds_of(mask: Tensor | None, keys: int) -> Valid | None:
+    """Where the tokens of each row are, from the mask of any backend; None where there is no padding to tell."""
     if mask is None:
         return None
     # The last query of a causal mask sees every key that is no padding; flash attention's masks are 2-D as they are.
     last = mask[:, 0, -1, :keys] if mask.ndim == 4 else mask[:, -keys:]
-    return last == 0 if last.is_floating_point() else last.bool()
+    seen = last == 0 if last.is_floating_point() else last.bool()
+    start = seen.int().argmax(dim=1)
+    return start, start + seen.sum(dim=1)
+
+
+def _coordinates(forward: Forward, row: int, real: slice, device: torch.device) -> Tensor:
+    """``[L, 4]`` of the tokens of one row that are left; negative throughout where the prompt has no pictures."""
+    if forward.coordinates is None:
+        return torch.full((real.stop - real.start, 4), -1, device=device)
+    own = forward.coordinates[row]
+    if forward.rows is not None:
+        own = own[forward.rows.index[row].to(own.device)]
+    return own[real].to(device)

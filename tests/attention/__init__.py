@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spatiotoken.attention import PrefillInputs, SparsePrefill
 from spatiotoken.attention.kernels import SparsePattern, Valid
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -119,3 +120,43 @@ def inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Inputs:
         dtype=dtype,
         seed=draw(st.integers(0, 1000)),
     )
+
+
+def prefill_inputs(
+    length: int, *, heads: int = 4, kv_heads: int = 2, dim: int = 16, seed: int = 0, layer: int = 0, depth: int = 1
+) -> PrefillInputs:
+    """Random queries, keys and values of one prompt, without pictures."""
+    random = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(count, length, dim, generator=random) for count in (heads, kv_heads, kv_heads))
+    places = torch.full((length, 4), -1)
+    return PrefillInputs(query, key, value, dim**-0.5, layer, depth, places)
+
+
+def video_inputs(
+    grid: tuple[int, int, int] = (6, 4, 4), *, before: int = 5, after: int = 7, heads: int = 4, dim: int = 16
+) -> PrefillInputs:
+    """As `prefill_inputs`, of a prompt with ``before`` tokens of text, a video and ``after`` tokens of text."""
+    frames, height, width = grid
+    size = frames * height * width
+    inputs = prefill_inputs(before + size + after, heads=heads, kv_heads=heads // 2, dim=dim)
+    axes = [torch.arange(side) for side in grid]
+    places = torch.full((inputs.length, 4), -1)
+    places[before : before + size] = torch.nn.functional.pad(torch.cartesian_prod(*axes), (1, 0), value=0)
+    return replace(inputs, coordinates=places)
+
+
+def attention_map(method: SparsePrefill, inputs: PrefillInputs) -> Tensor:
+    """``[heads, L, L]`` the weights that a method really gives, read off by unit vectors for values.
+
+    Raises:
+        AssertionError: the method would leave it to dense attention.
+    """
+    heads, length, dim = inputs.query.shape
+    count = -(-length // dim)
+    unit = torch.eye(length, count * dim).split(dim, dim=1)
+    found = []
+    for values in unit:
+        attended = method.attend(replace(inputs, value=values.expand(inputs.key.shape[0], -1, -1).to(inputs.key)))
+        assert attended.output is not None
+        found.append(attended.output)
+    return torch.cat(found, dim=-1)[..., :length]

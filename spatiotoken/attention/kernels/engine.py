@@ -58,8 +58,7 @@ def choose(
     """The backend that `block_sparse_attention` runs for these arguments: ``dense`` or one of `BACKENDS`.
 
     ``auto`` is ``dense`` where the pattern holds every causal pair (counting them waits for the device), else
-    ``triton`` on CUDA if it is installed, else ``gather``: on CPUs it was quicker than ``flex`` at every density
-    measured, and compiles nothing.
+    `best_backend`.
 
     Raises:
         ValueError: for an unknown name, or ``dense`` for a pattern that leaves pairs out.
@@ -78,7 +77,25 @@ def choose(
         return "dense"
     if backend == "dense":
         raise ValueError(f"'dense' computes all causal pairs, but the pattern holds {computed} of {causal}")
+    return best_backend(query)
+
+
+def best_backend(query: Tensor) -> str:
+    """What runs a pattern that leaves pairs out, on the query's device.
+
+    On CPUs ``gather`` was quicker than ``flex`` at every density measured, and it compiles nothing.
+    """
     return "triton" if query.is_cuda and unavailable("triton", query.device) is None else "gather"
+
+
+def predicted_time(backend: str, density: float) -> float:
+    """Time of sparse attention as a share of dense causal attention, without the estimate of the pattern.
+
+    A line through what ``scripts/benchmark.py --suite attention`` measured on a CPU at 10 to 50 % (docs/benchmarks.md);
+    for ``triton``, which no GPU has timed yet, and ``reference``, which is for tests, it is the density alone.
+    """
+    fixed, slope = {"gather": (0.08, 1.05), "flex": (0.11, 1.2)}.get(backend, (0.0, 1.0))
+    return fixed + slope * density
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:

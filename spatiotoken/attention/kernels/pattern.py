@@ -76,7 +76,7 @@ def row_slices(query: Tensor, key: Tensor, valid: Valid | None) -> Iterator[tupl
     """
     num_keys, offset = key.shape[2], key.shape[2] - query.shape[2]
     start, stop = row_bounds(valid, query.shape[0], num_keys, key.device)
-    for row, (first, last) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+    for row, (first, last) in enumerate(torch.stack([start, stop], dim=1).tolist()):
         queries = slice(max(0, first - offset), max(0, last - offset))
         if queries.start < queries.stop:
             yield row, queries, slice(first, last)
@@ -123,8 +123,34 @@ def visible_pairs(pattern: SparsePattern, num_queries: int, num_keys: int, valid
     return seen & (causal & inside[:, None, :] & inside[:, num_keys - num_queries :, None])[:, None]
 
 
+def computed_pairs(pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None = None) -> Tensor:
+    """Int64 scalar: computed (query, key) pairs over all rows and groups; makes nothing of size ``Q x K``."""
+    pairs, edge_q, length = _block_pairs(pattern, num_queries, num_keys, valid)
+    blocks = pattern.blocks
+    computed = (pairs[:, None] * blocks).sum()
+    if pattern.columns is None:
+        return computed
+    columns = pattern.columns
+    real = (columns >= 0) & (columns < length[:, None])
+    block = columns.clamp(min=0, max=num_keys - 1) // pattern.block_k
+    chosen = blocks.gather(3, block[:, :, None, :].expand(-1, -1, blocks.shape[2], -1))
+    low, high = edge_q[:, None, :-1, None], edge_q[:, None, 1:, None]
+    rows = (high - low.maximum(columns[:, :, None, :])).clamp(min=0)
+    return computed + (rows * (real[:, :, None, :] & ~chosen)).sum()
+
+
 def pair_counts(pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None = None) -> tuple[int, int]:
-    """``(computed, causal)`` (query, key) pairs over all rows and groups; makes nothing of size ``Q x K``."""
+    """``(computed, causal)`` (query, key) pairs over all rows and groups; waits for the device."""
+    total = _block_pairs(pattern, num_queries, num_keys, valid)[0].sum() * pattern.blocks.shape[1]
+    counted = torch.stack([computed_pairs(pattern, num_queries, num_keys, valid), total]).tolist()
+    return counted[0], counted[1]
+
+
+def _block_pairs(
+    pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal pairs ``[B, nq, nk]`` in each pair of blocks, the edges ``[B, nq + 1]`` of the query blocks within what is
+    valid, and the lengths ``[B, 1]`` of the rows."""
     blocks = pattern.blocks
     start, stop = row_bounds(valid, blocks.shape[0], num_keys, blocks.device)
     length = (stop - start)[:, None]
@@ -137,19 +163,7 @@ def pair_counts(pattern: SparsePattern, num_queries: int, num_keys: int, valid: 
     # The pairs key <= query over queries < a and keys >= b are the triangle of a - b.
     side = (edge_q[:, :, None] - edge_k[:, None, :]).clamp(min=0)
     triangle = side * (side + 1) // 2
-    pairs = triangle.diff(dim=1).diff(dim=2).neg()
-    total = pairs.sum() * blocks.shape[1]
-    computed = (pairs[:, None] * blocks).sum()
-    if pattern.columns is not None:
-        columns = pattern.columns
-        real = (columns >= 0) & (columns < length[:, None])
-        block = columns.clamp(min=0, max=num_keys - 1) // pattern.block_k
-        chosen = blocks.gather(3, block[:, :, None, :].expand(-1, -1, blocks.shape[2], -1))
-        low, high = edge_q[:, None, :-1, None], edge_q[:, None, 1:, None]
-        rows = (high - low.maximum(columns[:, :, None, :])).clamp(min=0)
-        computed = computed + (rows * (real[:, :, None, :] & ~chosen)).sum()
-    counted = torch.stack([computed, total]).tolist()
-    return counted[0], counted[1]
+    return triangle.diff(dim=1).diff(dim=2).neg(), edge_q, length
 
 
 def density(pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None = None) -> float:
