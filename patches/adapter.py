@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from spatiotoken.attention.weights import row_weights
 from spatiotoken.registry import Registry
 
+_NO_VIDEOS = "{} does not say how videos are cut into frames"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -109,6 +110,8 @@ class ModelAdapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[tuple[str, ...]] = ("video", "image")
+    """Kinds of pictures that the family takes: it has a ``get_{kind}_features`` and a ``{kind}_token_id`` for each."""
     remembers_rope: ClassVar[bool] = False
     """The model keeps M-RoPE offsets of the last prompt in ``core.rope_deltas``."""
     has_deepstack: ClassVar[bool] = False
@@ -139,6 +142,21 @@ class ModelAdapter(ABC):
 
     # -- features of videos and images --
 
+    def placeholders(self, core: Any, input_ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
+        """``[B, L]`` for each of ``kinds``, True at the tokens that stand for such pictures.
+
+        Args:
+            input_ids, embeds: one of them; embeddings are those of the placeholder tokens still.
+        """
+        tokens = {kind: getattr(core.config, f"{kind}_token_id") for kind in self.kinds}
+        if input_ids is not None:
+            return {kind: input_ids == token for kind, token in tokens.items()}
+        assert embeds is not None
+        table = core.get_input_embeddings()
+        return {
+            kind: (embeds == table(torch.tensor(token, device=embeds.device))).all(-1) for kind, token in tokens.items()
+        }
+
     @abstractmethod
     def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
         """What ``get_{kind}_features(**encoding)`` returns, item by item (``kind`` is "video" or "image")."""
@@ -147,15 +165,14 @@ class ModelAdapter(ABC):
         """Video frames that the tower takes as one temporal unit."""
         return 1
 
-    @abstractmethod
     def frame_patches(self, core: Any, encoding: Encoding) -> list[Tensor]:
         """``[T, P, 3]`` mean colours, in 0..1, of the parts of each video's temporal units."""
+        raise NotImplementedError(_NO_VIDEOS.format(type(self).__name__))
 
-    @abstractmethod
     def pictures(self, core: Any, encoding: Encoding) -> list[Tensor]:
         """uint8 ``[T, 3, H, W]`` the first frame of each of a video's temporal units."""
+        raise NotImplementedError(_NO_VIDEOS.format(type(self).__name__))
 
-    @abstractmethod
     def take_frames(
         self, core: Any, encoding: Encoding, chosen: Sequence[Sequence[Part]]
     ) -> list[tuple[dict[str, Any], int]]:
@@ -164,6 +181,7 @@ class ModelAdapter(ABC):
         Returns:
             One for each call of the tower that they take, and how many of the videos are in it.
         """
+        raise NotImplementedError(_NO_VIDEOS.format(type(self).__name__))
 
     def colours(self, pixels: Tensor) -> Tensor:
         """Normalised ``pixels [..., 3]`` as they were, float32 in 0..1."""

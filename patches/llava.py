@@ -1,4 +1,4 @@
-"""LLaVA-OneVision and LLaVA-NeXT-Video: stacked frames, one square grid each, and tiled images."""
+"""LLaVA-OneVision and LLaVA-NeXT-Video: stacked frames, one square grid each, and tiled images; LLaVA-1.5: images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,47 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, Segment, TowerStates
 
 
-class Llava(ModelAdapter):
+class ClipTower(ModelAdapter):
+    """Families whose vision tower is CLIP or SigLIP."""
+
+    def tower_layers(self, core: Any) -> list[nn.Module]:
+        layers = list(core.vision_tower.encoder.layers)
+        read = core.config.vision_feature_layer
+        last = read if isinstance(read, int) else read[-1]
+        # Hidden state 0 is that before the first layer.
+        return layers[: last if last >= 0 else len(layers) + 1 + last]
+
+    def tower_attention(self, layer: Any) -> nn.Module:
+        return layer.self_attn
+
+    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
+        shape = (*hidden.shape[:-1], -1, attention.head_dim)
+        query, key = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+        return [TowerStates(places, query, key, attention.scale)]
+
+    def has_cls(self, core: Any) -> bool:
+        return hasattr(core.vision_tower.embeddings, "class_embedding")
+
+    def pooling_head(self, core: Any) -> nn.Module | None:
+        return getattr(core.vision_tower, "head", None)
+
+    def head_states(self, head: Any, hidden: Tensor) -> TowerStates:
+        attention: nn.MultiheadAttention = head.attention
+        width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
+        query = nn.functional.linear(head.probe.expand(hidden.shape[0], -1, -1), weight[:width], bias[:width])
+        key = nn.functional.linear(hidden, weight[width : 2 * width], bias[width : 2 * width])
+        query, key = (states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in (query, key))
+        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+        return TowerStates(places, query, key, query.shape[-1] ** -0.5)
+
+
+class Llava(ClipTower):
     """Videos are ``[videos, frames, 3, H, W]``; images are a whole view and tiles with a newline after each line."""
 
     @abstractmethod
@@ -61,39 +97,6 @@ class Llava(ModelAdapter):
         stacked = isinstance(output.pooler_output, Tensor)
         parts = torch.split(features[0], sizes)
         output.pooler_output = torch.stack(parts) if stacked else list(parts)
-
-    # -- inside the vision tower: CLIP or SigLIP --
-
-    def tower_layers(self, core: Any) -> list[nn.Module]:
-        layers = list(core.vision_tower.encoder.layers)
-        read = core.config.vision_feature_layer
-        last = read if isinstance(read, int) else read[-1]
-        # Hidden state 0 is that before the first layer.
-        return layers[: last if last >= 0 else len(layers) + 1 + last]
-
-    def tower_attention(self, layer: Any) -> nn.Module:
-        return layer.self_attn
-
-    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        query, key = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
-        return [TowerStates(places, query, key, attention.scale)]
-
-    def has_cls(self, core: Any) -> bool:
-        return hasattr(core.vision_tower.embeddings, "class_embedding")
-
-    def pooling_head(self, core: Any) -> nn.Module | None:
-        return getattr(core.vision_tower, "head", None)
-
-    def head_states(self, head: Any, hidden: Tensor) -> TowerStates:
-        attention: nn.MultiheadAttention = head.attention
-        width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
-        query = nn.functional.linear(head.probe.expand(hidden.shape[0], -1, -1), weight[:width], bias[:width])
-        key = nn.functional.linear(hidden, weight[width : 2 * width], bias[width : 2 * width])
-        query, key = (states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for states in (query, key))
-        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
-        return TowerStates(places, query, key, query.shape[-1] ** -0.5)
 
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         vision = core.config.vision_config
@@ -147,6 +150,39 @@ class Llava(ModelAdapter):
                 height, width = int(height // ratio), int(width // ratio)
         tiles = Segment(side * side, (1, height, width), width + 1, (rows, columns))
         return Item(side * side + height * (width + 1), (whole, tiles))
+
+
+class LlavaImages(ClipTower):
+    """LLaVA-1.5: images only, each one square grid. Frames of a video are images of one prompt (``images: frames``)."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    pixel_mean = CLIP_MEAN
+    pixel_std = CLIP_STD
+
+    def core(self, model: PreTrainedModel) -> Any:
+        core: Any = model.model
+        config = core.config
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if tower not in ("clip_vision_model", "siglip_vision_model") or (strategy == "full" and self.has_cls(core)):
+            raise ValueError(
+                f"a llava model with the vision tower {tower!r} and vision_feature_select_strategy={strategy!r} is not "
+                "supported; supported: CLIP (strategy 'default') and SigLIP ('full')"
+            )
+        return core
+
+    def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
+        return [Item.of_grid((1, self._side(core), self._side(core))) for _ in range(len(encoding["pixel_values"]))]
+
+    def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        return list(values.float().split(self._side(core) ** 2))
+
+    def arrange_views(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
+        return list(values.split(1))
+
+    def _side(self, core: Any) -> int:
+        vision = core.config.vision_config
+        return vision.image_size // vision.patch_size
 
 
 class LlavaOnevision(Llava):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from spatiotoken.patches.adapter import ADAPTERS, find_adapter
 from spatiotoken.patching import last_report
-from spatiotoken.prompts import inject_timestamps
+from spatiotoken.prompts import inject_timestamps, video_content
 from spatiotoken.report import ForwardReport
 from spatiotoken.video import Video
 
@@ -94,9 +94,9 @@ def load_model(
     """
     try:
         # Before the weights, which can be large and are not needed to refuse a model.
-        ADAPTERS.get(AutoConfig.from_pretrained(model).model_type)
+        kinds = ADAPTERS.get(AutoConfig.from_pretrained(model).model_type).kinds
         processor = AutoProcessor.from_pretrained(model)
-        if not hasattr(processor, "video_processor"):
+        if "video" in kinds and not hasattr(processor, "video_processor"):
             raise ValueError("it has no video processor")
         if processor.chat_template is None:
             raise ValueError("its processor has no chat template")
@@ -136,22 +136,16 @@ def prepare_inputs(processor: Any, frames: Tensor, question: str, metadata: Mapp
 def prepare_batch(
     processor: Any, videos: Sequence[Tensor], questions: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> Any:
-    """The model's inputs for several conversations of one turn each, padded on the left."""
+    """The model's inputs for several conversations of one turn each, padded on the left.
+
+    For families that take images only, the frames are images.
+    """
+    contents, pictures = video_content(processor, videos, metadata)
     prompts = []
-    for question in questions:
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        prompts.append(
-            processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        )
-    return processor(
-        text=prompts,
-        videos=list(videos),
-        video_metadata=[dict(entry) for entry in metadata],
-        do_sample_frames=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    for content, question in zip(contents, questions, strict=True):
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
+    return processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **pictures)
 
 
 def answer_video(

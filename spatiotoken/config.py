@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
@@ -36,7 +36,9 @@ class PatchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = Field("", description="one sentence for `spatiotoken list`")
-    images: bool = Field(False, description="reduce images too, not only videos")
+    images: bool | Literal["frames"] = Field(
+        False, description="reduce images too, not only videos; frames: those of one prompt together, as one video"
+    )
     frames: SerializeAsAny[FrameSelector] | None = Field(None, description="which frames are seen at all")
     tokens: SerializeAsAny[TokenReducer] | None = Field(None, description="prune or merge before the language model")
     layers: SerializeAsAny[LayerReducer] | None = Field(None, description="prune or merge between decoder layers")

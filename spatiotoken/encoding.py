@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -100,10 +101,14 @@ class FeatureStages:
             RuntimeError: features that do not lie as the adapter says.
         """
         full = self.adapter.items(self.core, kind, encoding)
+        own, joined_from = full, [1] * len(full)
+        if kind == "image" and self.config.images == "frames":
+            full, joined_from = self._as_videos(full, prompt)
+        tokens = self.config.tokens if kind == "video" or self.config.images else None
         chosen = None
         if self.candidates is not None and kind == "video":
             chosen = self._choose_frames(encoding, full, encode, recorder, prompt)
-        encoded = self._encode(kind, encoding, full, chosen, encode)
+        encoded = self._encode(kind, encoding, full, joined_from, chosen, encode)
         features, trailing = encoded.features, encoded.trailing
         device = features[0].device
         sizes = [item.size + trailing for item in full]
@@ -112,18 +117,16 @@ class FeatureStages:
             coordinates = _coordinates(full, trailing, device)
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=device)
         bearers = torch.arange(features[0].shape[0], device=device)
-        if self.config.tokens:
+        if tokens:
             if not torch.isfinite(features[0]).all():
                 raise ValueError(f"the {kind} features contain NaN or infinity: nothing can be selected by them")
             with recorder.span("tokens"):
                 questions: list[Tensor | None] = [None] * len(full)
-                if "question" in self.config.tokens.needs:
-                    questions = list(self._questions(f"tokens method {self.config.tokens.name!r}", kind, sizes, prompt))
+                if "question" in tokens.needs:
+                    questions = list(self._questions(f"tokens method {tokens.name!r}", kind, sizes, prompt))
                 described = list(zip(encoded.items, encoded.extras, questions, strict=True))
                 joint = all(len(item.segments) == 1 for item in encoded.items) or kind == "image"
-                features = reduce_tokens(
-                    self.config.tokens, features, keep, bearers, described, trailing, recorder, joint=joint
-                )
+                features = reduce_tokens(tokens, features, keep, bearers, described, trailing, recorder, joint=joint)
         if chosen is not None:
             lying = placement(full, chosen, trailing, device)
             total = sum(sizes)
@@ -133,9 +136,9 @@ class FeatureStages:
             borne = torch.where(lying.bearers < 0, -1, bearers[lying.bearers])
             bearers = torch.where(borne < 0, -1, lying.place[borne])
         local = None
-        if chosen is not None or self.config.tokens:
+        if chosen is not None or tokens:
             features[0] = mark_dropped(features[0], keep)
-            self.adapter.write(encoded.output, features, sizes)
+            self.adapter.write(encoded.output, features, [item.size + trailing for item in own])
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             parts = zip(bearers.split(sizes), starts, strict=True)
             local = tuple(torch.where(part < 0, -1, part - start) for part, start in parts)
@@ -149,12 +152,17 @@ class FeatureStages:
         kind: str,
         encoding: dict[str, Any],
         full: list[Item],
+        joined_from: list[int],
         chosen: Choice | None,
         encode: Callable[..., Any],
     ) -> _Encoded:
-        """Run the tower on what was chosen."""
+        """Run the tower on what was chosen.
+
+        Args:
+            joined_from: how many of the tower's own items make up each of ``full``.
+        """
         if chosen is None:
-            return self._encode_once(kind, encoding, full, [1] * len(full), encode)
+            return self._encode_once(kind, encoding, full, joined_from, encode)
         calls, first = [], 0
         for taken, count in self.adapter.take_frames(self.core, encoding, chosen):
             own = chosen[first : first + count]
@@ -233,13 +241,11 @@ class FeatureStages:
         Args:
             asked: who needs them.
         """
-        if prompt is None:
-            raise ValueError(
-                f"{asked} needs the question: call the model, or `generate`, with input_ids and pixels together"
-            )
+        owners = self._owners(f"{asked} needs the question", kind, sizes, prompt)
+        assert prompt is not None
         ids, core = prompt.input_ids, self.core.config
         text = core.get_text_config()
-        pictures = (ids == core.image_token_id) | (ids == core.video_token_id)
+        pictures = torch.stack(list(self.adapter.placeholders(self.core, ids, None).values())).any(0)
         others = [getattr(core, f"vision_{side}_token_id", None) for side in ("start", "end")]
         others += [text.pad_token_id, text.bos_token_id, text.eos_token_id]
         special = {token for token in others if isinstance(token, int)}
@@ -248,18 +254,45 @@ class FeatureStages:
             words &= prompt.valid[:, -ids.shape[1] :].bool()
         after = words & (pictures.flip(1).cumsum(1).flip(1) == 0)
         asking = torch.where(after.any(1, keepdim=True), after, words)
-        own = ids == (core.video_token_id if kind == "video" else core.image_token_id)
-        counts = own.sum(1).tolist()
+        return [ids[sample][asking[sample]] for sample in owners]
+
+    def _owners(self, needing: str, kind: str, sizes: list[int], prompt: Prompt | None) -> list[int]:
+        """The sample of each item.
+
+        Args:
+            needing: who needs what of the prompt, for the message.
+        """
+        if prompt is None:
+            raise ValueError(f"{needing}: call the model, or `generate`, with input_ids and pixels together")
+        counts = self.adapter.placeholders(self.core, prompt.input_ids, None)[kind].sum(1).tolist()
         # Placeholders and features differ by newlines that are added later; items of one sample stand together.
         extra = (sum(counts) - sum(sizes)) // len(sizes)
-        questions: list[Tensor] = []
+        owners: list[int] = []
         for sample, count in enumerate(counts):
-            while count > 0 and len(questions) < len(sizes):
-                count -= sizes[len(questions)] + extra
-                questions.append(ids[sample][asking[sample]])
-        if len(questions) != len(sizes):
-            raise ValueError(f"the prompt has placeholders for {len(questions)} {kind}s, not for {len(sizes)}")
-        return questions
+            while count > 0 and len(owners) < len(sizes):
+                count -= sizes[len(owners)] + extra
+                owners.append(sample)
+        if len(owners) != len(sizes):
+            raise ValueError(f"the prompt has placeholders for {len(owners)} {kind}s, not for {len(sizes)}")
+        return owners
+
+    def _as_videos(self, images: list[Item], prompt: Prompt | None) -> tuple[list[Item], list[int]]:
+        """The images of each sample as one video, and how many these are.
+
+        Raises:
+            ValueError: they differ in size, or are no single grids.
+        """
+        needing = "`images: frames` needs to know which images are in one prompt"
+        owners = self._owners(needing, "image", [item.size for item in images], prompt)
+        videos, counts = [], [owners.count(sample) for sample in sorted(set(owners))]
+        for first, count in zip(accumulate([0, *counts]), counts, strict=False):
+            _, height, width = images[first].segments[0].grid
+            if any(item != Item.of_grid((1, height, width)) for item in images[first : first + count]):
+                raise ValueError(
+                    "`images: frames` needs the images of one prompt in one size, without tiles or newline tokens"
+                )
+            videos.append(Item.of_grid((count, height, width)))
+        return videos, counts
 
     def _trailing(self, items: list[Item], rows: int) -> int:
         """How many tokens follow the grids of each item, from what the model returned."""

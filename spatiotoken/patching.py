@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +61,9 @@ def patch_model(
     """
     resolved = load_config(config, **overrides)
     _check_patchable(model)
-    patch = _Patch(model, find_adapter(model), resolved, processor)
+    adapter = find_adapter(model)
+    _check_kinds(adapter, resolved)
+    patch = _Patch(model, adapter, resolved, processor)
     unpatch_model(model)
     patch.apply()
     return model
@@ -146,9 +149,9 @@ class _Patch:
             placed = config.places_tokens
             taken = {
                 "video": config.frames or config.tokens or placed,
-                "image": config.images and (config.tokens or placed),
+                "image": (config.images and config.tokens) or placed,
             }
-            for kind in ("video", "image"):
+            for kind in self.adapter.kinds:
                 encode = self._encode if taken[kind] else self._time_encoding
                 self._wrap(self.core, f"get_{kind}_features", functools.partial(encode, kind))
             self._wrap(self.model, "forward", self._outer_forward)
@@ -162,7 +165,7 @@ class _Patch:
             # Later versions of transformers encode pictures before the first forward, without the text.
             ahead = "_maybe_prepare_encoder_kwargs_for_generation"
             asking = config.tokens and "question" in config.tokens.needs
-            if (asking or config.frames) and hasattr(self.model, ahead):
+            if (asking or config.frames or config.images == "frames") and hasattr(self.model, ahead):
                 self._wrap(self.model, ahead, self._encode_ahead)
             between = sequence.between
             if sequence.wraps_layers:
@@ -251,20 +254,16 @@ class _Patch:
 
     def _find_visual(self, forward: Forward, arguments: dict[str, Any]) -> None:
         """Note which tokens of the prompt stand for pictures, for the report and for what may be dropped."""
-        input_ids, config = arguments.get("input_ids"), self.core.config
-        if input_ids is not None:
-            image, video = input_ids == config.image_token_id, input_ids == config.video_token_id
-        else:
-            embeds = arguments["inputs_embeds"]
-            image, video = (mask[..., 0] for mask in self.core.get_placeholder_mask(None, inputs_embeds=embeds))
+        places = self.adapter.placeholders(self.core, arguments.get("input_ids"), arguments.get("inputs_embeds"))
         forward.has_pictures = True
-        forward.recorder.places = {"video": video, "image": image}
+        forward.recorder.places = places
         for kind, encoded in (arguments.get("mm_encoder_outputs") or {}).items():
             if (layout := getattr(encoded, ATTRIBUTE, None)) is not None:
                 forward.recorder.layouts.setdefault(kind, layout)
-        forward.recorder.visual = forward.recorder.visual_kept = (image | video).sum()
+        pictures = torch.stack(list(places.values())).any(0)
+        forward.recorder.visual = forward.recorder.visual_kept = pictures.sum()
         if self.config.frames or self.config.tokens or self.config.layers:
-            forward.visual = image | video if self.config.images else video
+            forward.visual = pictures if self.config.images else places["video"]
 
     # -- M-RoPE offsets, which transformers keeps on the model --
 
@@ -347,6 +346,23 @@ def _check_patchable(model: Any) -> None:
         raise ValueError("this is a PEFT wrapper: patch peft_model.get_base_model() instead")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("torch.compile'd models cannot be patched: patch the model before it is compiled")
+
+
+def _check_kinds(adapter: ModelAdapter, config: PatchConfig) -> None:
+    """Raises ``ValueError`` if a family without videos would be left as it is."""
+    if "video" in adapter.kinds:
+        return
+    family = "/".join(adapter.model_types)
+    if config.frames:
+        raise ValueError(
+            f"{family} takes images only, so frames method {config.frames.name!r} has no video to choose from inside "
+            "the model: choose frames while the file is read, by load_video(path, selector=...)"
+        )
+    if (config.tokens or config.layers) and not config.images:
+        raise ValueError(
+            f"{family} takes images only, and with `images: false` these are not reduced: set `images: true` (each by "
+            "itself) or `images: frames` (all of one prompt as the frames of one video)"
+        )
 
 
 def _has_pictures(arguments: Mapping[str, Any]) -> bool:

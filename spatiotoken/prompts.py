@@ -25,10 +25,12 @@ def thumbnail_inputs(
 
     The thumbnail is as large as a frame, and an image like any other: with ``images: false`` it stays whole while the
     tokens of the video are reduced. Families that cut images into tiles do so with the thumbnail; the authors do not.
+    For families that take images only, which the method is for, the frames are images too: patch such a model by
+    ``patch_model(model, "ts_llava_tokens", images="frames", **{"tokens.thumbnail": "first"})``.
 
     Args:
         frames: uint8 ``[T, 3, H, W]``; all of them are used.
-        metadata: as ``answer.video_metadata`` gives it.
+        metadata: as ``answer.video_metadata`` gives it; not used for families that take images only.
         count: how many frames the thumbnail shows, at equal distances (all, if there are no more); the authors try 4, 6
             and 8.
         thumbnail_first: the authors' code can have the thumbnail on either side; behind the video is its default.
@@ -37,19 +39,33 @@ def thumbnail_inputs(
         ValueError: the processor refuses the prompt, or frames are too small for the thumbnail.
     """
     few = frames[linspace_indices(frames.shape[0], min(count, frames.shape[0])).to(frames.device)]
-    pictures = [{"type": "image"}, {"type": "video"}]
-    content = [*(pictures if thumbnail_first else pictures[::-1]), {"type": "text", "text": question}]
+    small = thumbnail(few, (frames.shape[-2], frames.shape[-1]))
+    kinds, pictures = video_content(processor, [frames], [metadata])
+    content = [{"type": "image"}, *kinds[0]] if thumbnail_first else [*kinds[0], {"type": "image"}]
+    others = pictures.get("images", [])
+    pictures["images"] = [small, *others] if thumbnail_first else [*others, small]
+    content.append({"type": "text", "text": question})
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(
-        text=[prompt],
-        images=[thumbnail(few, (frames.shape[-2], frames.shape[-1]))],
-        videos=[frames],
-        video_metadata=[dict(metadata)],
-        do_sample_frames=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    return processor(text=[prompt], padding=True, padding_side="left", return_tensors="pt", **pictures)
+
+
+def video_content(
+    processor: Any, videos: Sequence[Tensor], metadata: Sequence[Mapping[str, Any]]
+) -> tuple[list[list[dict[str, str]]], dict[str, Any]]:
+    """How a processor is given videos: the content of a message for each, and the processor's arguments.
+
+    Families that take images only, whose processors have no ``video_processor``, get the frames as images.
+
+    Args:
+        videos: uint8 ``[T, 3, H, W]`` each; all frames are used.
+        metadata: of each video, as ``answer.video_metadata`` gives it.
+    """
+    if not hasattr(processor, "video_processor"):
+        return [[{"type": "image"}] * len(video) for video in videos], {
+            "images": [x for video in videos for x in video]
+        }
+    arguments = {"video_metadata": [dict(entry) for entry in metadata], "do_sample_frames": False}
+    return [[{"type": "video"}] for _ in videos], {"videos": list(videos), **arguments}
 
 
 def inject_timestamps(inputs: Any, processor: Any, config: Any, seconds: Sequence[Sequence[float]]) -> Any:
@@ -107,9 +123,15 @@ def inject_timestamps(inputs: Any, processor: Any, config: Any, seconds: Sequenc
 
 def _trailing(config: Any) -> tuple[int, ...]:
     """How many tokens may follow the frames of a video; refuses families that tell the time by themselves."""
-    if ADAPTERS.get(config.model_type).remembers_rope:
-        names = ", ".join(name for name, adapter in sorted(ADAPTERS.items().items()) if not adapter.remembers_rope)
-        raise ValueError(f"{config.model_type} tells the time by itself; timestamps can be injected for: {names}")
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter.remembers_rope or "video" not in adapter.kinds:
+        why = "tells the time by itself" if adapter.remembers_rope else "takes images only: put text between them"
+        names = [
+            name
+            for name, other in sorted(ADAPTERS.items().items())
+            if not other.remembers_rope and "video" in other.kinds
+        ]
+        raise ValueError(f"{config.model_type} {why}; timestamps can be injected for: {', '.join(names)}")
     return ADAPTERS.get(config.model_type).trailing
 
 

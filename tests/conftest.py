@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from spatiotoken import load_video, unpatch_model
-from spatiotoken.probe import TINY_MODEL_TYPES, build_tiny
+from spatiotoken.probe import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES, build_tiny
 from spatiotoken.video import Video
 
 DATA = Path(__file__).parent / "data"
@@ -54,13 +54,21 @@ class Family:
         }
 
     def inputs(self, *samples: Sequence[Any], padding_side: str = "left") -> dict[str, Tensor]:
-        """Processor output for a batch; a sample lists texts, ``("video", clip, frames)`` and ``("image", clip)``."""
+        """Processor output for a batch; a sample lists texts, ``("video", clip, frames)`` and ``("image", clip)``.
+
+        Families that take images only get a video's frames as images.
+        """
         texts, videos, metadata, images = [], [], [], []
         for sample in samples:
             content = []
             for part in sample:
                 if isinstance(part, str):
                     content.append({"type": "text", "text": part})
+                    continue
+                if part[0] == "video" and self.name in TINY_IMAGE_MODEL_TYPES:
+                    frames, _ = self.video(part[1], part[2])
+                    content += [{"type": "image"}] * len(frames)
+                    images += list(frames)
                     continue
                 content.append({"type": part[0]})
                 if part[0] == "video":
@@ -108,7 +116,7 @@ def clips() -> dict[str, Video]:
 def families(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Video]) -> dict[str, Family]:
     root = tmp_path_factory.mktemp("tiny-models")
     loaded = {}
-    for name in TINY_MODEL_TYPES:
+    for name in (*TINY_MODEL_TYPES, *TINY_IMAGE_MODEL_TYPES):
         directory = build_tiny(name, root / name)
         model = AutoModelForImageTextToText.from_pretrained(directory).eval()
         loaded[name] = Family(name, model, AutoProcessor.from_pretrained(directory), clips)
@@ -131,9 +139,17 @@ def qwen(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterato
     unpatch_model(chosen.model)
 
 
+@pytest.fixture(params=TINY_IMAGE_MODEL_TYPES)
+def image_family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
+    """Each family that takes images only."""
+    chosen = families[request.param]
+    yield chosen
+    unpatch_model(chosen.model)
+
+
 @pytest.fixture(params=TINY_MODEL_TYPES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
-    """Each family in turn; its model is left unpatched."""
+    """Each family that takes videos in turn; its model is left unpatched."""
     chosen = families[request.param]
     yield chosen
     unpatch_model(chosen.model)

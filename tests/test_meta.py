@@ -10,7 +10,7 @@ import pytest
 from spatiotoken.catalog import methods_page, readme_methods, readme_presets
 from spatiotoken.config import presets
 from spatiotoken.patches.adapter import ADAPTERS
-from spatiotoken.probe import TINY_MODEL_TYPES
+from spatiotoken.probe import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.registry import METHODS, STAGES
 from tests.cases import KEEP_ALL, REDUCED
@@ -41,7 +41,7 @@ def test_no_row_without_a_method() -> None:
 
 @pytest.mark.parametrize("model_type", ADAPTERS.items())
 def test_every_model(model_type: str) -> None:
-    assert model_type in TINY_MODEL_TYPES, "needs a tiny model to be tested with"
+    assert model_type in (*TINY_MODEL_TYPES, *TINY_IMAGE_MODEL_TYPES), "needs a tiny model to be tested with"
     assert f"`{model_type}`" in readme(), "needs a line in README"
 
 

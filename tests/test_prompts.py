@@ -67,6 +67,7 @@ def test_thumbnail_is_an_image_of_few_frames(families: dict[str, Family], name: 
 
     class Seen:
         apply_chat_template = staticmethod(family.processor.apply_chat_template)
+        video_processor = family.processor.video_processor
 
         def __call__(self, images: list[Tensor], **kwargs: Any) -> Any:
             shown.extend(images)

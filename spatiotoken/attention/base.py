@@ -125,7 +125,7 @@ class SparsePrefill(Method):
         density = sum(counted) / causal
         if density >= 1:
             return _DENSE
-        backend = best_backend(inputs.query) if self.backend == "auto" else self.backend
+        backend = best_backend(parts[0].query) if self.backend == "auto" else self.backend
         if self.backend == "auto" and predicted_time(backend, density) > WORTH_IT:
             return _DENSE
         output = torch.zeros_like(inputs.query)

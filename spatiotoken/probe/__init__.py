@@ -3,10 +3,11 @@ cannot, but have the structure of every supported family."""
 
 from spatiotoken.probe.dataset import examples, probe_dataset, write_videos
 from spatiotoken.probe.models import PROBE_MODEL_TYPES, probe_checkpoint
-from spatiotoken.probe.tiny import TINY_MODEL_TYPES, build_tiny
+from spatiotoken.probe.tiny import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES, build_tiny
 
 __all__ = [
     "PROBE_MODEL_TYPES",
+    "TINY_IMAGE_MODEL_TYPES",
     "TINY_MODEL_TYPES",
     "build_tiny",
     "examples",

@@ -60,9 +60,9 @@ class Architecture:
 
     processor: str  # class names in `transformers`
     image_processor: str
-    video_processor: str
+    video_processor: str | None  # None, as the token, for families without videos
     image_token: str
-    video_token: str
+    video_token: str | None
     eos_token: str
     pad_token: str
     chat: dict[str, str]  # the jinja expressions of CHAT_TEMPLATE
@@ -76,7 +76,11 @@ class Architecture:
 
     @property
     def special_tokens(self) -> list[str]:
-        return [self.pad_token, self.eos_token, *self.other_tokens, self.image_token, self.video_token]
+        return [self.pad_token, self.eos_token, *self.other_tokens, *self.placeholders]
+
+    @property
+    def placeholders(self) -> list[str]:
+        return [token for token in (self.image_token, self.video_token) if token is not None]
 
 
 def build_tokenizer(family: Architecture, corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -96,7 +100,7 @@ def build_tokenizer(family: Architecture, corpus: Iterable[str], vocab_size: int
         tokenizer_object=backend,
         eos_token=family.eos_token,
         pad_token=family.pad_token,
-        additional_special_tokens=[*family.other_tokens, family.image_token, family.video_token],
+        additional_special_tokens=[*family.other_tokens, *family.placeholders],
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -108,12 +112,11 @@ def build_processor(family: Architecture, tokenizer: PreTrainedTokenizerFast) ->
     template = CHAT_TEMPLATE
     for name, expression in family.chat.items():
         template = template.replace(f"{{{{- {name} -}}}}", f"{{{{- {expression} -}}}}")
+    parts = {"image_processor": getattr(transformers, family.image_processor)(**family.image_kwargs)}
+    if family.video_processor is not None:
+        parts["video_processor"] = getattr(transformers, family.video_processor)(**family.video_kwargs)
     return getattr(transformers, family.processor)(
-        image_processor=getattr(transformers, family.image_processor)(**family.image_kwargs),
-        tokenizer=tokenizer,
-        video_processor=getattr(transformers, family.video_processor)(**family.video_kwargs),
-        chat_template=template,
-        **family.processor_kwargs,
+        **parts, tokenizer=tokenizer, chat_template=template, **family.processor_kwargs
     )
 
 
@@ -128,7 +131,9 @@ def build_config(
     image_key, video_key = "image_token_id", "video_token_id"
     if "<image>" in ids:  # the LLaVA configs' own names, which the names above are aliases of
         image_key, video_key = "image_token_index", "video_token_index"
-    top = {**family.top, image_key: ids[family.image_token], video_key: ids[family.video_token]}
+    top = {**family.top, image_key: ids[family.image_token]}
+    if family.video_token is not None:
+        top[video_key] = ids[family.video_token]
     if "<|vision_start|>" in ids:
         top.update(vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
     text = {**text, "vocab_size": len(tokenizer), **end_tokens(tokenizer), **family.text}

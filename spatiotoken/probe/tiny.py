@@ -128,15 +128,7 @@ def _llava(
         image_processor=f"{image_name}ImageProcessor",
         video_processor=f"{name}VideoProcessor",
         text=text,
-        vision={
-            "model_type": tower,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": 2 * VISION_HIDDEN,
-            "num_hidden_layers": VISION_LAYERS,
-            "num_attention_heads": VISION_HEADS,
-            "image_size": LLAVA_IMAGE,
-            "patch_size": PATCH,
-        },
+        vision=_clip(tower),
         top={**top, "image_grid_pinpoints": LLAVA_PINPOINTS},
         image_kwargs={**size, "image_grid_pinpoints": LLAVA_PINPOINTS},
         video_kwargs=size,
@@ -176,14 +168,49 @@ def _llava_next_video(hidden: int) -> Architecture:
     )
 
 
+def _llava_1_5(hidden: int) -> Architecture:
+    side = {"height": LLAVA_IMAGE, "width": LLAVA_IMAGE}
+    select: Config = {"vision_feature_select_strategy": "default"}  # drops the CLS token
+    return Architecture(
+        processor="LlavaProcessor",
+        image_processor="CLIPImageProcessor",
+        video_processor=None,
+        image_token="<image>",
+        video_token=None,
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat={**VICUNA, "IMAGE": r"'<image>\n'", "VIDEO": "''"},
+        text={"model_type": "llama"},
+        vision=_clip("clip_vision_model"),
+        top={**select, "vision_feature_layer": -2, "image_seq_length": (LLAVA_IMAGE // PATCH) ** 2},
+        image_kwargs={"size": {"shortest_edge": LLAVA_IMAGE}, "crop_size": side},
+        processor_kwargs={**select, "patch_size": PATCH, "num_additional_image_tokens": 1},
+    )
+
+
+def _clip(tower: str) -> Config:
+    return {
+        "model_type": tower,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 2 * VISION_HIDDEN,
+        "num_hidden_layers": VISION_LAYERS,
+        "num_attention_heads": VISION_HEADS,
+        "image_size": LLAVA_IMAGE,
+        "patch_size": PATCH,
+    }
+
+
 _FAMILIES: dict[str, Callable[[int], Architecture]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "llava_onevision": _llava_onevision,
     "llava_next_video": _llava_next_video,
+    "llava": _llava_1_5,
 }
-TINY_MODEL_TYPES: tuple[str, ...] = tuple(_FAMILIES)
+TINY_IMAGE_MODEL_TYPES: tuple[str, ...] = ("llava",)
+"""Families that take images only."""
+TINY_MODEL_TYPES: tuple[str, ...] = tuple(name for name in _FAMILIES if name not in TINY_IMAGE_MODEL_TYPES)
 
 
 # ---------------------------------------------------------------------------------------------------------- the builder
@@ -198,7 +225,7 @@ def build_tiny(
     A greedy answer has no special tokens, so its length is always `max_new_tokens`.
     """
     if model_type not in _FAMILIES:
-        raise ValueError(f"unknown model type {model_type!r}; supported: {', '.join(TINY_MODEL_TYPES)}")
+        raise ValueError(f"unknown model type {model_type!r}; supported: {', '.join(_FAMILIES)}")
     if hidden_size % (16 * HEADS):
         raise ValueError(f"hidden_size must be a multiple of {16 * HEADS} (M-RoPE sections), got {hidden_size}")
     family = _FAMILIES[model_type](hidden_size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.frames.ts_llava import linspace_indices
@@ -31,7 +33,9 @@ class TSLlavaTokens(TokenReducer, method="ts_llava_tokens", paper="2411.11066"):
     is the default ``retention``; they renumber positions (``positions: compact``), and refuse videos that have fewer
     tokens than that. Where theirs rounds two places to one token and keeps it twice, this keeps the next one.
 
-    Their model also sees a thumbnail of a few frames: ``prompts.thumbnail_inputs``.
+    Their model also sees a thumbnail of a few frames: ``prompts.thumbnail_inputs``. For a model that takes images only
+    (the authors' LLaVA), whose prompt is the thumbnail and the frames as images, ``images: frames`` with ``thumbnail:
+    first`` or ``last`` leaves that one whole and takes ``retention`` of the others' tokens.
     """
 
     kind: ClassVar[str] = "baseline"
@@ -40,10 +44,17 @@ class TSLlavaTokens(TokenReducer, method="ts_llava_tokens", paper="2411.11066"):
 
     retention: Retention = 0.1
 
+    thumbnail: Literal["none", "first", "last"] = Field("none", description="which frame is a thumbnail, left whole")
+
     def reduce(self, video: VideoFeatures) -> ReducedTokens:
-        count = ts_llava_tokens_count(video.num_tokens, self.retention)
-        if count == video.num_tokens:
+        per_frame = video.tokens_per_frame if self.thumbnail != "none" and video.grid[0] > 1 else 0
+        sampled = video.num_tokens - per_frame
+        count = ts_llava_tokens_count(sampled, self.retention)
+        if count == sampled:
             return ReducedTokens.everything(video)
-        return ReducedTokens.pruned(
-            video, ts_llava_tokens_selection(video.num_tokens, count).to(video.embeddings.device)
-        )
+        chosen = ts_llava_tokens_selection(sampled, count)
+        if self.thumbnail == "first":
+            chosen = torch.cat([torch.arange(per_frame), chosen + per_frame])
+        elif self.thumbnail == "last":
+            chosen = torch.cat([chosen, torch.arange(per_frame) + sampled])
+        return ReducedTokens.pruned(video, chosen.to(video.embeddings.device))

@@ -83,9 +83,14 @@ def choose(
 def best_backend(query: Tensor) -> str:
     """What runs a pattern that leaves pairs out, on the query's device.
 
-    On CPUs ``gather`` was quicker than ``flex`` at every density measured, and it compiles nothing.
+    On CPUs ``gather`` was quicker than ``flex`` at every density measured, and it compiles nothing. On GPUs it is for
+    what ``triton`` is not made for.
     """
-    return "triton" if query.is_cuda and unavailable("triton", query.device) is None else "gather"
+    if not query.is_cuda or unavailable("triton", query.device) is not None:
+        return "gather"
+    from spatiotoken.attention.kernels.triton import MAX_HEAD_DIM
+
+    return "triton" if query.shape[-1] <= MAX_HEAD_DIM else "gather"
 
 
 def predicted_time(backend: str, density: float) -> float:

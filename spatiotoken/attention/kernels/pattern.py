@@ -126,17 +126,20 @@ def visible_pairs(pattern: SparsePattern, num_queries: int, num_keys: int, valid
 def computed_pairs(pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None = None) -> Tensor:
     """Int64 scalar: computed (query, key) pairs over all rows and groups; makes nothing of size ``Q x K``."""
     pairs, edge_q, length = _block_pairs(pattern, num_queries, num_keys, valid)
-    blocks = pattern.blocks
-    computed = (pairs[:, None] * blocks).sum()
-    if pattern.columns is None:
-        return computed
-    columns = pattern.columns
-    real = (columns >= 0) & (columns < length[:, None])
-    block = columns.clamp(min=0, max=num_keys - 1) // pattern.block_k
-    chosen = blocks.gather(3, block[:, :, None, :].expand(-1, -1, blocks.shape[2], -1))
-    low, high = edge_q[:, None, :-1, None], edge_q[:, None, 1:, None]
-    rows = (high - low.maximum(columns[:, :, None, :])).clamp(min=0)
-    return computed + (rows * (real[:, :, None, :] & ~chosen)).sum()
+    computed = pairs.new_zeros(())
+    # One group at a time: on long prompts the counts of all of them would take gigabytes.
+    for group, blocks in enumerate(pattern.blocks.unbind(dim=1)):
+        computed += (pairs * blocks).sum()
+        if pattern.columns is None:
+            continue
+        columns = pattern.columns[:, group]
+        real = (columns >= 0) & (columns < length)
+        block = columns.clamp(min=0, max=num_keys - 1) // pattern.block_k
+        chosen = blocks.gather(2, block[:, None, :].expand(-1, blocks.shape[1], -1))
+        low, high = edge_q[:, :-1, None], edge_q[:, 1:, None]
+        rows = (high - low.maximum(columns[:, None])).clamp(min=0)
+        computed += (rows * (real[:, None] & ~chosen)).sum()
+    return computed
 
 
 def pair_counts(pattern: SparsePattern, num_queries: int, num_keys: int, valid: Valid | None = None) -> tuple[int, int]:
