@@ -234,6 +234,12 @@ class ModelAdapter(ABC):
         """Query and keys of the pooling head for its input ``hidden [V, n, Dv]``; only where there is such a head."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its tower's pooling head attends")
 
+    # -- inside a decoder layer --
+
+    def parts(self, layer: Any) -> dict[str, nn.Module]:
+        """The modules of a decoder layer that each add to the hidden states, by name, in order."""
+        return {"attention": layer.self_attn, "mlp": layer.mlp}
+
     # -- attention of chosen rows --
 
     def rotate(self, attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -247,6 +253,11 @@ class ModelAdapter(ABC):
         states = states.view(*hidden.shape[:-1], -1, attention.head_dim)
         norm = getattr(attention, f"{name}_norm", None)
         return (states if norm is None else norm(states)).transpose(1, 2)
+
+    def keys(self, layer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """``[B, kv_heads, L, d]`` rotated keys that a decoder layer makes of its input ``hidden [B, L, D]``."""
+        normed = layer.input_layernorm(hidden)
+        return self.rotate(layer.self_attn, self.project(layer.self_attn, normed, "k"), *position_embeddings)
 
     def attention_rows(
         self,
@@ -269,9 +280,8 @@ class ModelAdapter(ABC):
         """
         attention: Any = layer.self_attn
         norm: Any = layer.input_layernorm
-        cos, sin = position_embeddings
         if keys is None:
-            keys = self.rotate(attention, self.project(attention, norm(hidden), "k"), cos, sin)
+            keys = self.keys(layer, hidden, position_embeddings)
         batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
         cos, sin = (x.expand(hidden.shape[0], -1, -1)[batch, rows] for x in position_embeddings)
         query = self.rotate(attention, self.project(attention, norm(hidden[batch, rows]), "q"), cos, sin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class BetweenLayers:
         self.layers = layers
         self.prune_layers = config.layers.prune_layers(len(layers)) if config.layers else ()
         # Whether the layers before those that prune must leave their input, from which attention is computed.
-        self.scores = bool(config.layers and config.layers.needs & {"attention", "received"})
+        self.scores = bool(config.layers and config.layers.needs & {"attention", "received", "weights"})
+        self.observed_layers = config.layers.observed_layers(len(layers)) if config.layers else ()
 
     def masks(self, cache: Any, hidden: Tensor, padding: Tensor | None, first: int) -> dict[int, Any]:
         """Masks of the decoder layers from ``first`` on; they change where a method may have dropped tokens."""
@@ -60,7 +62,7 @@ class BetweenLayers:
             hidden = self._prune(forward, index, hidden, arguments)
         if index in forward.masks:
             arguments["attention_mask"] = forward.masks[index]
-        if index + 1 in self.prune_layers and self.scores:
+        if index + 1 in self.prune_layers and self.scores and forward.rows is not None:
             forward.scored = hidden, arguments["position_embeddings"]
         return original(hidden, **arguments)
 
@@ -71,7 +73,8 @@ class BetweenLayers:
         rows, visual = forward.rows.to(hidden.device), forward.visual.to(hidden.device)
         cache = arguments.get("past_key_values")
         with forward.recorder.span("layers"):
-            hidden, keep, counts = self._reduce(forward, index, cache, hidden, rows, visual)
+            positions = arguments["position_embeddings"]
+            hidden, keep, counts = self._reduce(forward, index, cache, hidden, rows, visual, positions)
             forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))
             if counts == forward.counts:
                 return hidden
@@ -81,6 +84,9 @@ class BetweenLayers:
             forward.since_entry = inner if forward.since_entry is None else forward.since_entry.gather(1, inner)
             forward.history.append((index, forward.rows))
             hidden = gather_rows(hidden, inner, 1)
+            forward.observed = {
+                layer: gather_rows(noted.to(inner.device), inner, 2) for layer, noted in forward.observed.items()
+            }
             forward.overrides = {
                 "position_embeddings": tuple(gather_rows(x, inner, 1) for x in arguments["position_embeddings"])
             }
@@ -90,23 +96,36 @@ class BetweenLayers:
         return hidden
 
     def _reduce(
-        self, forward: Forward, index: int, cache: Any, hidden: Tensor, rows: Rows, visual: Tensor
+        self,
+        forward: Forward,
+        index: int,
+        cache: Any,
+        hidden: Tensor,
+        rows: Rows,
+        visual: Tensor,
+        positions: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, list[int]]:
         """``hidden`` with merged values, ``[B, K]`` True at the rows that stay, and how many visual ones of each sample
         these are."""
         method = self.config.layers
-        assert method is not None
-        attention, received = self._scores(forward, index, cache, rows)
+        assert method is not None and forward.pictures is not None
+        before, here = self._weights(forward, index, cache, hidden, rows, positions)
+        forward.scored = None
+        attention, received = self._scores(before, rows, hidden)
         keep, counts = torch.ones_like(visual), list(forward.counts)
         order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         merged = hidden
+        pictures = forward.pictures.to(hidden.device)
         for sample, count in enumerate(forward.counts):
             if not count:
                 continue
-            places = order[sample, :count]
+            places, own = order[sample, :count], rows.slice_of(sample)
             coordinates = None
             if forward.coordinates is not None:
                 coordinates = forward.coordinates[sample].to(hidden.device)[rows.index[sample, places]]
+            text = asking = None
+            if "text" in method.needs:
+                text, asking = _words(pictures[sample, rows.index[sample, own]], forward.texts[sample])
             left = method.reduce(
                 LayerTokens(
                     layer=index,
@@ -116,6 +135,13 @@ class BetweenLayers:
                     hidden=hidden[sample, places] if "hidden" in method.needs else None,
                     coordinates=coordinates,
                     depth=len(self.layers),
+                    length=rows.lengths[sample],
+                    places=places - own.start,
+                    text=text,
+                    asking=asking,
+                    rows=functools.partial(_rows_of_sample, hidden[sample, own]),
+                    weights=functools.partial(_weights_of_sample, before, here, sample, own),
+                    observed={layer: noted[:, sample, places] for layer, noted in forward.observed.items()},
                 ),
                 forward.memory.get(sample),
             )
@@ -134,42 +160,78 @@ class BetweenLayers:
                 forward.absorbed.append((sample, rows.index[sample, places[absorbed]], rows.index[sample, into]))
         return merged, keep, counts
 
+    def _weights(
+        self,
+        forward: Forward,
+        index: int,
+        cache: Any,
+        hidden: Tensor,
+        rows: Rows,
+        positions: tuple[Tensor, Tensor],
+    ) -> tuple[_Weights | None, _Weights]:
+        """Attention of chosen rows in the layer before (None where it was not asked for, or there is none), and in the
+        layer that they are about to enter."""
+
+        def seen_by(layer: Any) -> Tensor | None:
+            if layer is None or not layer.is_initialized:
+                return rows.padding
+            return joined_valid(layer.valid, layer.physical_length, rows.padding, hidden.shape[1])
+
+        here, own = self.layers[index], None if cache is None else cache.layers[index]
+        past = own.keys if own is not None and own.is_initialized else None
+        entering = _Weights(self.adapter, here, hidden, positions, past, seen_by(own), whole=False)
+        if forward.scored is None:
+            return None, entering
+        earlier, layer = forward.scored, None if cache is None else cache.layers[index - 1]
+        if layer is None or not layer.is_initialized:
+            return _Weights(self.adapter, self.layers[index - 1], *earlier, None, rows.padding, whole=False), entering
+        # The rows of this pass are in that layer's cache already, but not yet on its record.
+        past_length = layer.keys.shape[2] - hidden.shape[1]
+        seen = joined_valid(layer.valid, past_length, rows.padding, hidden.shape[1])
+        return _Weights(self.adapter, self.layers[index - 1], *earlier, layer.keys, seen, whole=True), entering
+
     def _scores(
-        self, forward: Forward, index: int, cache: Any, rows: Rows
+        self, before: _Weights | None, rows: Rows, hidden: Tensor
     ) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
         """Weights ``[B, heads, K]`` that the last token gave each row in the layer before, and what makes the mean
         ``[B, K]`` that each row got there; None where the method does not ask for it."""
         assert self.config.layers is not None
-        wanted = self.config.layers.needs & {"attention", "received"}
-        if not wanted or forward.scored is None:  # nothing is before the first layer
+        needs, length = self.config.layers.needs, hidden.shape[1]
+        if before is None:  # nothing is before the first layer
             return None, None
-        hidden, position_embeddings = forward.scored
-        forward.scored = None
-        length, keys, seen = hidden.shape[1], None, rows.padding
-        layer = None if cache is None else cache.layers[index - 1]
-        if layer is not None and layer.is_initialized:
-            # The rows of this pass are in that layer's cache already, but not yet on its record.
-            keys, seen = layer.keys, joined_valid(layer.valid, layer.keys.shape[2] - length, rows.padding, length)
-
-        def weights(query_rows: Tensor) -> Tensor:
-            return self.adapter.attention_rows(
-                self.layers[index - 1], hidden, query_rows, position_embeddings, keys, seen
-            )[..., -length:]
 
         @functools.cache
         def received() -> Tensor:
             got = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
             for queries in torch.arange(length, device=hidden.device).expand(hidden.shape[0], -1).split(_QUERIES, 1):
                 # Padding asks nothing; what it gives, which may be NaN, is left out.
-                given = weights(queries).mean(dim=1).masked_fill(~rows.valid.gather(1, queries)[..., None], 0)
+                given = before.of(queries).mean(dim=1).masked_fill(~rows.valid.gather(1, queries)[..., None], 0)
                 got += given.sum(dim=1)
             return got / torch.tensor(rows.lengths, device=hidden.device)[:, None]
 
         attention = None
-        if "attention" in wanted:
+        if "attention" in needs:
             last = [[length - 1 if rows.left else n - 1] for n in rows.lengths]
-            attention = weights(torch.tensor(last, device=hidden.device))[:, :, 0]
-        return attention, received if "received" in wanted else None
+            attention = before.of(torch.tensor(last, device=hidden.device))[:, :, 0]
+        return attention, received if "received" in needs else None
+
+    def observe(
+        self, index: int, part: str, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward of a part of decoder layer ``index`` that the method is told of."""
+        output = original(*args, **kwargs)
+        forward = ACTIVE.get()
+        if forward is None or forward.rows is None or self.config.layers is None:
+            return output
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        noted = torch.zeros(before.shape[:2], dtype=torch.float32, device=before.device)
+        for sample in range(before.shape[0]):
+            own = forward.rows.slice_of(sample)
+            noted[sample, own] = self.config.layers.observe(part, module, before[sample, own], after[sample, own])
+        earlier = forward.observed.get(index)
+        forward.observed[index] = noted[None] if earlier is None else torch.cat([earlier, noted[None]])
+        return output
 
     def deepstack(self, original: Callable[..., Any], hidden: Tensor, pictures: Tensor, features: Tensor) -> Any:
         """Adding features of the tower to hidden states, which may have become shorter since the entry."""
@@ -182,6 +244,75 @@ class BetweenLayers:
         present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
         here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
         return original(hidden, here, features[present[pictures]])
+
+
+@dataclass
+class _Weights:
+    """Attention weights of chosen query rows of one decoder layer.
+
+    Attributes:
+        hidden: the layer's input, with its position embeddings.
+        keys: those of the cache; None where there are none.
+        seen: ``[B, keys]`` False at padding, those of this pass included.
+        whole: the cached keys hold those of this pass.
+    """
+
+    adapter: ModelAdapter
+    layer: nn.Module
+    hidden: Tensor
+    positions: tuple[Tensor, Tensor]
+    keys: Tensor | None
+    seen: Tensor | None
+    whole: bool
+
+    def of(self, query_rows: Tensor, sample: int | None = None) -> Tensor:
+        """``[B, heads, R, K]`` of ``query_rows [B, R]``, on the rows of this pass.
+
+        Args:
+            sample: only this one's, which is then the whole batch.
+        """
+        if not self.whole:
+            own = self.adapter.keys(self.layer, self.hidden, self.positions)
+            self.keys = own if self.keys is None else torch.cat([self.keys, own], dim=2)
+            self.whole = True
+        assert self.keys is not None
+        pick = slice(None) if sample is None else slice(sample, sample + 1)
+        # Position embeddings may be those of all samples at once.
+        positions = tuple(x.expand(self.hidden.shape[0], -1, -1)[pick] for x in self.positions)
+        seen = None if self.seen is None else self.seen[pick]
+        rows = self.adapter.attention_rows(
+            self.layer,
+            self.hidden[pick],
+            query_rows,
+            positions,
+            self.keys[pick],
+            seen,  # type: ignore[arg-type]
+        )
+        return rows[..., -self.hidden.shape[1] :]
+
+
+def _weights_of_sample(
+    before: _Weights | None, here: _Weights, sample: int, own: slice, query_rows: Tensor, entering: bool
+) -> Tensor:
+    weights = here if entering else before
+    if weights is None:
+        raise ValueError("nothing is before the first decoder layer, so there is no attention to rank by")
+    return weights.of((query_rows + own.start)[None], sample)[0, :, :, own]
+
+
+def _rows_of_sample(hidden: Tensor, rows: Tensor) -> Tensor:
+    return hidden[rows]
+
+
+def _words(pictures: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``[count]`` rows of the words of a sample, and which of them come after its last picture; all if none do.
+
+    Args:
+        pictures: ``[L]`` True at its visual tokens.
+    """
+    text = pictures.to(torch.uint8).argsort(stable=True)[:count]
+    after = text > (pictures * torch.arange(len(pictures), device=pictures.device)).amax()
+    return text, after | ~after.any()
 
 
 def _of_sample(received: Callable[[], Tensor], sample: int, places: Tensor) -> Tensor:

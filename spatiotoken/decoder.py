@@ -60,7 +60,7 @@ class SequenceStages:
             return original(**arguments)
         mask = arguments.get("attention_mask")
         forward.custom_mask = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
-        if self.config.places_tokens and forward.has_pictures:
+        if self.config.places_tokens and forward.pictures is not None:
             forward.coordinates = coordinates_at(forward.recorder.layouts, forward.recorder.places)
         if forward.visual is not None:
             return self._shorten(original, arguments, forward)
@@ -89,8 +89,10 @@ class SequenceStages:
         visual = forward.visual & kept
         # The one wait for the device: what is real, kept and visual of each sample, and the side of the padding.
         left_padded = valid[:, -1] | ~valid.any(1)
-        counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), left_padded]
-        real, lengths, before, counts, *padded = torch.stack(counted).tolist()
+        assert forward.pictures is not None
+        words = kept & ~forward.pictures
+        counted = [valid.sum(1), kept.sum(1), (forward.visual & valid).sum(1), visual.sum(1), words.sum(1), left_padded]
+        real, lengths, before, counts, texts, *padded = torch.stack(counted).tolist()
         shortened, left = lengths != real, all(padded[0])
         forward.recorder.visual_kept = forward.recorder.visual - (sum(before) - sum(counts))
         self._record(forward, lengths, real)
@@ -121,6 +123,7 @@ class SequenceStages:
             self._gather_arguments(arguments, rows, kept, past)
         forward.rows, forward.visual = rows, visual.gather(1, index)
         forward.counts, forward.initial, forward.history = counts, list(counts), [(0, rows)]
+        forward.texts = texts
         if shortened or past:
             # Without a cache an explicit mask, as `layer_mask` says.
             arguments["attention_mask"] = (
@@ -222,11 +225,17 @@ class SequenceStages:
     def _record_cache(self, cache: Any, forward: Forward, length: int) -> None:
         if cache is None or not cache.layers[0].is_initialized:  # gradient checkpointing takes the cache away
             return
+        trims = self.config.layers is not None and self.config.layers.trims_cache
+        last = forward.history[-1][1]
         bounds = [start for start, _ in forward.history[1:]] + [len(cache.layers)]
         for (start, rows), stop in zip(forward.history, bounds, strict=True):
             for layer in cache.layers[start:stop]:
-                layer.record(length, rows.to(layer.keys.device))
-                layer.uneven = layer.uneven or len(forward.history) > 1
+                here = rows.to(layer.keys.device)
+                if trims and rows is not last:
+                    here = last.to(layer.keys.device)
+                    layer.keep(rows.index.shape[1], rows.to(here.index.device).places_of(here, length))
+                layer.record(length, here)
+                layer.uneven = layer.uneven or (len(forward.history) > 1 and not trims)
 
     def _record(self, forward: Forward, lengths: list[int] | Tensor, real: list[int] | Tensor) -> None:
         recorder = forward.recorder

@@ -171,6 +171,10 @@ class _Patch:
             if sequence.wraps_layers:
                 for index, layer in enumerate(sequence.layers):
                     self._wrap(layer, "forward", functools.partial(between.layer, index), keep_positional=True)
+                for index in between.observed_layers:
+                    for part, module in self.adapter.parts(sequence.layers[index]).items():
+                        observe = functools.partial(between.observe, index, part, module)
+                        self._wrap(module, "forward", observe, keep_positional=True)
                 if self.adapter.has_deepstack:
                     self._wrap(sequence.language_model, "_deepstack_process", between.deepstack, keep_positional=True)
             if config.attention and self.attention:
@@ -255,12 +259,11 @@ class _Patch:
     def _find_visual(self, forward: Forward, arguments: dict[str, Any]) -> None:
         """Note which tokens of the prompt stand for pictures, for the report and for what may be dropped."""
         places = self.adapter.placeholders(self.core, arguments.get("input_ids"), arguments.get("inputs_embeds"))
-        forward.has_pictures = True
         forward.recorder.places = places
         for kind, encoded in (arguments.get("mm_encoder_outputs") or {}).items():
             if (layout := getattr(encoded, ATTRIBUTE, None)) is not None:
                 forward.recorder.layouts.setdefault(kind, layout)
-        pictures = torch.stack(list(places.values())).any(0)
+        pictures = forward.pictures = torch.stack(list(places.values())).any(0)
         forward.recorder.visual = forward.recorder.visual_kept = pictures.sum()
         if self.config.frames or self.config.tokens or self.config.layers:
             forward.visual = pictures if self.config.images else places["video"]

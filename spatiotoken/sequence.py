@@ -96,6 +96,22 @@ class Rows:
     lengths: list[int]
     left: bool
 
+    def slice_of(self, sample: int) -> slice:
+        """Where the valid rows of a sample are."""
+        size, length = self.index.shape[1], self.lengths[sample]
+        return slice(size - length, size) if self.left else slice(0, length)
+
+    def places_of(self, fewer: Rows, length: int) -> Tensor:
+        """``[B, K']`` where the rows of ``fewer``, a part of these, are among these; padding points anywhere.
+
+        Args:
+            length: number of original rows.
+        """
+        inverse = self.index.new_zeros(self.index.shape[0], length + 1)
+        place = torch.where(self.valid, self.index, length)
+        inverse.scatter_(1, place, torch.arange(self.index.shape[1], device=place.device).expand_as(place))
+        return inverse.gather(1, fewer.index)
+
     def to(self, device: torch.device) -> Rows:
         return replace(self, index=self.index.to(device), valid=self.valid.to(device))
 
@@ -156,6 +172,23 @@ class LogicalLayer(DynamicLayer):
                 "patch the model to go on"
             )
         return self.physical_length + query_length, self.dropped
+
+    def keep(self, brought: int, places: Tensor) -> None:
+        """Of the ``brought`` rows that came last, and are not on record yet, keep those at ``places [B, K']``."""
+        past = self.physical_length - brought
+        index = places[:, None].expand(-1, self.keys.shape[1], -1)
+        self.keys, self.values = (
+            torch.cat(
+                [
+                    states[:, :, :past],
+                    gather_rows(states[:, :, past:].flatten(0, 1), index.flatten(0, 1), 1).unflatten(
+                        0, states.shape[:2]
+                    ),
+                ],
+                dim=2,
+            )
+            for states in (self.keys, self.values)
+        )
 
     def record(self, original: int, rows: Rows) -> None:
         """Note that ``original`` rows came in, of which ``rows`` are cached."""

@@ -23,11 +23,11 @@ class Forward:
         recorder: collects the report.
         custom_mask: the caller brought a mask of its own making, which only the model's own attention understands.
         tail: how many of the last output rows the caller reads; None for all of them.
-        has_pictures: the pass brings new pictures.
         visual: ``[B, K]`` True at visual tokens that may be dropped; None if the pass brings no new pictures.
         rows: what is left of the sequence at the layer at hand; None if nothing is tracked.
         since_entry: ``[B, K]`` which of the rows that entered the language model are left; None while all are.
         counts: visual tokens of each sample that are left, and ``initial`` when they entered the language model.
+        texts: words of each sample; all of them stay.
         history: from which decoder layer on which rows were there.
         overrides: position arguments of decoder layers, cut like the sequence.
         masks: the mask of each decoder layer, where not all layers have the same.
@@ -37,18 +37,21 @@ class Forward:
         absorbed: sample, tokens and survivors of each merge between layers, as rows of the original prompt.
         real_rows: the attention mask at hand, and of each sample that has any its number and which rows are no padding.
         scored: input and position embeddings of the layer whose attention ranks the tokens.
+        pictures: ``[B, L]`` True at all visual tokens of the prompt, droppable or not; None without new pictures.
+        observed: by decoder layer ``[B, parts, K]`` what the ``layers`` method noted of each row.
     """
 
     owner: object
     recorder: Recorder
     tail: int | None = None
     custom_mask: bool = False
-    has_pictures: bool = False
+    pictures: Tensor | None = None
     visual: Tensor | None = None
     rows: Rows | None = None
     since_entry: Tensor | None = None
     counts: list[int] = field(default_factory=list)
     initial: list[int] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
     history: list[tuple[int, Rows]] = field(default_factory=list)
     overrides: dict[str, Any] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Forward:
     absorbed: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     real_rows: tuple[Any, list[tuple[int, slice]]] | None = None
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+    observed: dict[int, Tensor] = field(default_factory=dict)
 
 
 ACTIVE: ContextVar[Forward | None] = ContextVar("spatiotoken_forward", default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -197,18 +197,27 @@ class FrameChoice:
 class LayerTokens(Asked):
     """Visual tokens of one sample, just before a decoder layer.
 
-    The last four are there only if the method asks for them (``LayerReducer.needs``).
+    ``n`` visual tokens among the sample's ``L`` rows that are left (no padding). All from ``attention`` on are there
+    only if the method asks for them (``LayerReducer.needs``).
 
     Attributes:
         layer: index of the decoder layer they are about to enter.
         num_initial: how many visual tokens of the sample entered the language model.
+        depth: how many decoder layers there are.
+        length: ``L``.
         attention: ``[heads, n]`` softmax weights that the last prompt token gave them in the layer before.
         received: makes ``[n]`` attention that they got in the layer before, the mean over heads and all queries; only
             computed when called, for it costs as much as the layer's attention does.
         hidden: ``[n, D]`` hidden states.
         coordinates: ``[n, 4]`` int64 of each the grid that it belongs to, and its frame, row and column there; -1 where
             it belongs to none, as newlines do.
-        depth: how many decoder layers there are.
+        places: ``[n]`` int64, rising: their rows.
+        text: ``[t]`` int64, rising: the rows of the words, special tokens included.
+        asking: ``[t]`` bool: which of these come after the last visual token.
+        rows: gives ``[R, D]`` hidden states of rows ``[R]``.
+        weights: gives ``[heads, R, L]`` float32 softmax weights of query rows ``[R]``, of the layer before or, if its
+            second argument is true, of the layer they are about to enter.
+        observed: by layer what ``LayerReducer.observe`` said of them since the start, ``[parts, n]`` each.
     """
 
     noun: ClassVar[str] = "tokens"
@@ -220,6 +229,13 @@ class LayerTokens(Asked):
     hidden: Tensor | None = None
     coordinates: Tensor | None = None
     depth: int = 0
+    length: int = 0
+    places: Tensor | None = None
+    text: Tensor | None = None
+    asking: Tensor | None = None
+    rows: Callable[[Tensor], Tensor] | None = None
+    weights: Callable[[Tensor, bool], Tensor] | None = None
+    observed: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spatiotoken.registry import Method
 from spatiotoken.structures import LayerReduction, LayerTokens
@@ -17,6 +17,8 @@ class LayerReducer(Method):
     stage: ClassVar[str] = "layers"
     needs: ClassVar[frozenset[str]]
     """Optional fields of ``LayerTokens`` that ``reduce`` reads."""
+    trims_cache: ClassVar[bool] = False
+    """After the prefill, the cache of earlier layers keeps no more rows than that of the last one."""
     kind: ClassVar[str] = "between decoder layers"
     merges: ClassVar[bool] = False
     complexity: ClassVar[str]
@@ -31,6 +33,19 @@ class LayerReducer(Method):
         Raises:
             ValueError: if the model is not deep enough.
         """
+
+    def observed_layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers whose parts ``observe`` is told of; a method that has any needs "observed"."""
+        return ()
+
+    def observe(self, part: str, module: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+        """``[L]`` float32 what a method wants to remember of each row of a sample.
+
+        Args:
+            part: "attention" or "mlp", which is ``module``.
+            before, after: ``[L, D]`` its normed input, and its output before this is added to the hidden states.
+        """
+        raise NotImplementedError(f"{type(self).__name__} observes layers but does not say what")
 
     @abstractmethod
     def reduce(self, tokens: LayerTokens, memory: Any) -> LayerReduction:
