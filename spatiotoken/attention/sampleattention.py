@@ -1,0 +1,80 @@
+"""Local window and the columns that hold most of the mass of evenly sampled queries (arXiv 2406.15486)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from spatiotoken.attention.base import BlockPattern, PrefillInputs
+from spatiotoken.attention.blocks import by_mass, num_blocks, window_blocks
+from spatiotoken.attention.kernels import SparsePattern
+from spatiotoken.attention.weights import row_weights
+
+ROWS_AT_ONCE = 64
+"""Sampled queries whose weights are held at once."""
+
+
+def spread_rows(count: int, before: int, device: torch.device) -> Tensor:
+    """``count`` places at equal distances among the first ``before``, the last of them included."""
+    return (torch.arange(count, device=device) + 1) * before // max(count, 1) - 1
+
+
+def sampled_mass(inputs: PrefillInputs, count: int, before: int) -> Tensor:
+    """``[heads, L]`` float32 sum of the causal weights that ``spread_rows(count, before)`` give all keys."""
+    mass = torch.zeros(inputs.query.shape[:2], device=inputs.query.device)
+    rows, position = spread_rows(count, before, mass.device), torch.arange(inputs.length, device=mass.device)
+    key = inputs.key.float()
+    for first in range(0, count, ROWS_AT_ONCE):
+        last = min(first + ROWS_AT_ONCE, count)
+        now, stop = rows[first:last], last * before // count  # later keys are seen by none of these
+        visible = position[:stop] <= now[:, None]
+        weights = row_weights(inputs.query[None, :, now], key[None, :, :stop], visible[None], inputs.scale)
+        mass[:, :stop] += weights[0].sum(dim=1)
+    return mass
+
+
+def as_columns(selected: Tensor, width: int) -> Tensor:
+    """``[G, width]`` int64 rising places where ``selected [G, L]`` holds, -1 after the last; ``width`` is the largest
+    number of them in a row."""
+    order = (~selected).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+    return order.where(selected.gather(-1, order), -1)
+
+
+class SampleAttention(BlockPattern, method="sampleattention", paper="2406.15486"):
+    """Sparse prefill over a local window and the columns that sampled queries give most weight (arXiv 2406.15486).
+
+    Per head, ``rows`` of the queries attend to everything; the fewest keys that together hold ``alpha`` of their
+    weights are columns for all queries, beside the first ``sink`` keys and a window of a fixed share of the prompt,
+    rounded up to blocks. Each head has as many columns as it needs; asking the device for the largest number is one
+    wait more.
+
+    From the paper alone, since there is no public code. The weights inside the window count for the columns too. The
+    queries are sampled at equal distances, the last one included. The paper has no sink of its own (the columns find
+    it); ours makes it certain.
+    """
+
+    kind: ClassVar[str] = "estimated"
+    complexity: ClassVar[str] = "O(L^2 d rows)"
+    fidelity: ClassVar[str] = "paper only"
+
+    alpha: float = Field(0.95, gt=0, le=1, description="share of the sampled weights that the columns hold")
+    rows: float = Field(0.05, gt=0, le=1, description="share of the queries that is sampled")
+    window: float = Field(0.08, gt=0, le=1, description="share of the prompt that is each query's local window")
+    sink: int = Field(4, ge=0, description="first keys that every query sees")
+    block: int = Field(64, ge=1, description="tokens of a block of queries or keys")
+
+    def is_dense(self, length: int, layer: int, depth: int) -> bool:
+        return self.alpha == 1 or self.window == 1 or length <= max(self.block, self.sink)
+
+    def pattern(self, inputs: PrefillInputs) -> SparsePattern:
+        length, heads = inputs.length, inputs.query.shape[0]
+        window = math.ceil(self.window * length)
+        near = window_blocks(num_blocks(length, self.block), window, self.block, inputs.query.device)
+        selected = by_mass(sampled_mass(inputs, math.ceil(self.rows * length), length), self.alpha)
+        selected[:, : self.sink] = True
+        columns = as_columns(selected, int(selected.sum(dim=-1).max()))
+        return SparsePattern(near.expand(1, heads, -1, -1), columns[None], self.block, self.block)
