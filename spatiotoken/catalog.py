@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spatiotoken.attention import SparsePrefill
 from spatiotoken.config import presets
 from spatiotoken.frames import FrameSelector
 from spatiotoken.layers import LayerReducer
@@ -17,9 +18,9 @@ def available() -> dict[str, Any]:
 
     Returns:
         ``{"methods": {stage: [{"name", "summary", "paper", "parameters"}]}, "configs": [{"name", "description"}],
-        "models": [model_type]}``, each list sorted by name. Methods of the stages ``frames``, ``tokens`` and ``layers``
-        also tell their ``kind``, ``needs``, arithmetic (``cost``) and what they were compared with (``fidelity``),
-        those of the last two also whether they merge (``merges``).
+        "models": [model_type]}``, each list sorted by name. Methods also tell their ``kind``, ``needs``, arithmetic
+        (``cost``) and what they were compared with (``fidelity``), those of the stages ``tokens`` and ``layers`` also
+        whether they merge (``merges``).
     """
     return {
         "methods": {
@@ -42,7 +43,7 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         "paper": method.paper,
         "parameters": parameters,
     }
-    if issubclass(method, FrameSelector | TokenReducer | LayerReducer):
+    if issubclass(method, FrameSelector | TokenReducer | LayerReducer | SparsePrefill):
         described |= {
             "kind": method.kind,
             "needs": sorted(method.needs),
@@ -75,7 +76,7 @@ def _link(paper: str | None) -> str:
 
 
 def methods_page() -> str:
-    """``docs/methods.md``: what chooses frames, and what reduces tokens before and inside the language model."""
+    """``docs/methods.md``: what chooses frames, reduces tokens, and computes attention sparsely."""
     lines = [_PAGE_HEAD]
     selectors = [method for _, method in sorted(METHODS["frames"].items().items()) if issubclass(method, FrameSelector)]
     for kind in _FRAME_KINDS:
@@ -91,6 +92,11 @@ def methods_page() -> str:
     for kind in _KINDS:
         lines += [f"\n### {kind.capitalize()}\n", _TABLE_HEAD]
         lines += [_row(method) for method in reducers if method.kind == kind]
+    lines.append(_ATTENTION_HEAD)
+    sparse = [method for _, method in sorted(METHODS["attention"].items().items()) if issubclass(method, SparsePrefill)]
+    for kind in _ATTENTION_KINDS:
+        lines += [f"\n### {kind.capitalize()}\n", _ATTENTION_TABLE_HEAD]
+        lines += [_attention_row(method) for method in sparse if method.kind == kind]
     return "\n".join(lines) + "\n"
 
 
@@ -133,6 +139,31 @@ in README), and leave these in their order in space and time.
 before the projector (hidden), its keys, its summary of each frame, or the embeddings of the question. *Images*: whether
 its preset reduces images too; any config does with `images: true`, though methods about time leave a still picture as
 it is. *Cost*: T frames, N tokens a frame, D channels."""
+
+
+_ATTENTION_KINDS = ("static", "estimated", "approximate")
+_ATTENTION_TABLE_HEAD = """\
+| method | paper | parameters | needs | cost of the estimate | compared with |
+|---|---|---|---|---|---|"""
+_ATTENTION_HEAD = """
+## Which pairs are computed: `attention`
+
+While a whole prompt is prefilled; decoding is dense. *Static* patterns are the same for every prompt; *estimated* ones
+depend on its queries and keys, and compute the chosen pairs exactly; *approximate* ones also leave out queries, or let
+some keys stand for several. All take `backend`: `auto` picks a kernel for the device, and leaves a layer to the model's
+own attention where less than 5 % would be gained. *Cost*: L tokens, d channels, b tokens a block."""
+
+
+def _attention_row(method: type[SparsePrefill]) -> str:
+    cells = [
+        f"`{method.name}`",
+        _link(method.paper),
+        _parameters(method, {"backend"}),
+        ", ".join(sorted(method.needs)) or "nothing",
+        method.complexity,
+        method.fidelity,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _frame_row(method: type[FrameSelector]) -> str:

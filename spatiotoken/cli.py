@@ -6,17 +6,33 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-from spatiotoken import __version__, tables
+from spatiotoken import __version__, cli_attention, tables
+from spatiotoken.cli_common import (
+    DEFAULT_FRAMES,
+    PROBE_MODEL,
+    USAGE_ERROR,
+    CandidateFps,
+    ConfigName,
+    Group,
+    JsonFlag,
+    KeyframesOnly,
+    Settings,
+    bad_input,
+    load,
+    quiet_libraries,
+    read_video,
+    resolve,
+    status,
+    stdout,
+    video_errors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,51 +42,11 @@ if TYPE_CHECKING:
     from spatiotoken.probe.dataset import Example
     from spatiotoken.video import Selection, Video
 
-DEFAULT_FRAMES = 64
-PROBE_MODEL = "qwen2_5_vl"
-
-# Newer versions of typer bring a click of their own, so its errors are found through one that typer exports.
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-class _Group(TyperGroup):
-    """Reports bad usage in one line on stderr, with exit code 2; any other exception gives its traceback."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        except _USAGE_ERROR as error:
-            message = error.format_message()  # type: ignore[attr-defined]
-            print(f"spatiotoken: error: {' '.join(message.split())}", file=sys.stderr)
-            code = 2
-        except typer.Abort:
-            print("spatiotoken: aborted", file=sys.stderr)
-            code = 1
-        sys.exit(code)
-
-
 app = typer.Typer(
-    cls=_Group, help="Cheaper video LLMs, without training.", add_completion=False, pretty_exceptions_enable=False
+    cls=Group, help="Cheaper video LLMs, without training.", add_completion=False, pretty_exceptions_enable=False
 )
-
-_Config = Annotated[str, typer.Argument(help="a preset's name or the path of a .yaml file")]
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="change a key of the config; repeatable")
-]
-_CandidateFps = Annotated[float, typer.Option(help="frames a second that a frames method chooses among in a file")]
-_KeyframesOnly = Annotated[
-    bool,
-    typer.Option("--keyframes-only", help="choose among the file's key frames, which is several times as fast"),
-]
-_Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
+app.command()(cli_attention.attn)
+app.command()(cli_attention.calibrate)
 
 
 def main() -> None:
@@ -93,7 +69,7 @@ def _top(
 
 
 @app.command("list")
-def list_(as_json: _Json = False) -> None:
+def list_(as_json: JsonFlag = False) -> None:
     """List stages with their methods and parameters, presets and supported models."""
     from spatiotoken.catalog import available
 
@@ -101,7 +77,7 @@ def list_(as_json: _Json = False) -> None:
     if as_json:
         print(json.dumps(catalog, indent=2))
         return
-    console = _stdout()
+    console = stdout()
     for stage, methods in catalog["methods"].items():
         table = Table("method", "summary", "parameters", "arXiv", title=f"stage {stage}", title_justify="left")
         for method in methods:
@@ -116,9 +92,9 @@ def list_(as_json: _Json = False) -> None:
 
 
 @app.command()
-def show(config: _Config, settings: _Set = None, as_json: _Json = False) -> None:
+def show(config: ConfigName, settings: Settings = None, as_json: JsonFlag = False) -> None:
     """Print the resolved config, as YAML or JSON."""
-    resolved = _resolve(config, settings)
+    resolved = resolve(config, settings)
     print(json.dumps(resolved.to_dict(), indent=2) if as_json else resolved.to_yaml(), end="\n" if as_json else "")
 
 
@@ -141,7 +117,7 @@ def run(
         typer.Option(help="model id or directory; without it a small one that comes along and knows coloured shapes"),
     ] = None,
     config: Annotated[str, typer.Option(help="a preset's name or the path of a .yaml file")] = "balanced",
-    settings: _Set = None,
+    settings: Settings = None,
     example: Annotated[int, typer.Option(min=0, help="number of the question, where a video is made")] = 0,
     num_frames: Annotated[
         int | None,
@@ -151,34 +127,34 @@ def run(
             f"the file is decoded; without one {DEFAULT_FRAMES}, or all if the video has fewer",
         ),
     ] = None,
-    candidate_fps: _CandidateFps = 1.0,
-    keyframes_only: _KeyframesOnly = False,
+    candidate_fps: CandidateFps = 1.0,
+    keyframes_only: KeyframesOnly = False,
     timestamps: Annotated[
         bool, typer.Option(help="tell each frame's time in words, for models that are not told it (LLaVA)")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 64,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")] = "auto",
-    as_json: _Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Ask a question about a video. Without one: a made video, asked of the unpatched and of the patched model."""
     from spatiotoken.video import load_video
 
-    resolved = _resolve(config, settings)
+    resolved = resolve(config, settings)
     if video is None and (model is not None or question is not None):
-        raise _USAGE_ERROR("--video is missing: only without --model and --question is a video made")
+        raise USAGE_ERROR("--video is missing: only without --model and --question is a video made")
     if video is not None and question is None:
-        raise _USAGE_ERROR("--question is missing")
+        raise USAGE_ERROR("--question is missing")
     before = None
     # Libraries that print do it on stderr: stdout is for the result alone.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
-        _quiet_libraries()
+        quiet_libraries()
         made = None
         if video is None or question is None:
             video, made = _make_video(directory, example)
             question = made.question
         inside = resolved  # what is left for the model to do
-        with _bad_input(ValueError, *_video_errors()), _status("reading the video"):
+        with bad_input(ValueError, *video_errors()), status("reading the video"):
             if made is None and num_frames is None and _selects_while_decoding(resolved):
                 frames = load_video(
                     video,
@@ -189,15 +165,15 @@ def run(
                 )
                 inside = resolved.model_copy(update={"frames": None})
             else:
-                frames = _read(video, num_frames)
-        loaded, processor = _load(model or PROBE_MODEL, dtype, device)
+                frames = read_video(video, num_frames)
+        loaded, processor = load(model or PROBE_MODEL, dtype, device)
         if model is None and made is None:
             print("no --model given: using a small one that knows nothing but coloured shapes", file=sys.stderr)
         if made is not None:
             # First passes are slow, and these times are to be compared.
-            for asked in (resolved, _resolve("dense", None)):
+            for asked in (resolved, resolve("dense", None)):
                 before = _answer(loaded, processor, asked, frames, question, max_new_tokens, timestamps)
-            before = _answer(loaded, processor, _resolve("dense", None), frames, question, max_new_tokens, timestamps)
+            before = _answer(loaded, processor, resolve("dense", None), frames, question, max_new_tokens, timestamps)
         answer = _answer(loaded, processor, inside, frames, question, max_new_tokens, timestamps)
     if as_json:
         document = {"config": {"name": config} | resolved.to_dict(), "model_type": loaded.config.model_type}
@@ -206,32 +182,32 @@ def run(
         print(json.dumps(_answer_json(answer) | document, indent=2))
     elif made is not None and before is not None:
         print(f"{made.question}  (the right answer: {made.answer})")
-        _stdout().print(tables.comparison_table(before, answer, config))
+        stdout().print(tables.comparison_table(before, answer, config))
     else:
         print(answer.text)
-        _stdout().print(tables.report_table(answer, config))
+        stdout().print(tables.report_table(answer, config))
 
 
 @app.command()
 def frames(
     video: Annotated[str, typer.Option(help="video file")],
     config: Annotated[str, typer.Option(help="a preset with a frames method, or the path of a .yaml file")] = "kmeans",
-    settings: _Set = None,
+    settings: Settings = None,
     question: Annotated[str | None, typer.Option(help="what is asked, for methods that compare frames with it")] = None,
-    candidate_fps: _CandidateFps = 1.0,
-    keyframes_only: _KeyframesOnly = False,
+    candidate_fps: CandidateFps = 1.0,
+    keyframes_only: KeyframesOnly = False,
     sheet: Annotated[Path | None, typer.Option(help="picture file for a contact sheet with a timeline")] = None,
-    as_json: _Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Choose frames of a video file and say which: indices, seconds and scores."""
     from spatiotoken.video import select_frames
 
-    resolved = _resolve(config, settings)
+    resolved = resolve(config, settings)
     method = resolved.frames
     if method is None:
-        raise _USAGE_ERROR(f"config {config!r} has no frames method")
-    with contextlib.redirect_stdout(sys.stderr), _bad_input(ValueError, *_video_errors()), _status("choosing frames"):
-        _quiet_libraries()
+        raise USAGE_ERROR(f"config {config!r} has no frames method")
+    with contextlib.redirect_stdout(sys.stderr), bad_input(ValueError, *video_errors()), status("choosing frames"):
+        quiet_libraries()
         selection = select_frames(
             video, method, question=question, candidate_fps=candidate_fps, keyframes_only=keyframes_only
         )
@@ -241,7 +217,7 @@ def frames(
         document = {"config": {"name": config} | resolved.to_dict(), "video": asdict(selection.metadata)}
         print(json.dumps(document | _selection_json(selection), indent=2))
     else:
-        _stdout().print(tables.selection_table(selection, config))
+        stdout().print(tables.selection_table(selection, config))
 
 
 def _selection_json(selection: Selection) -> dict[str, Any]:
@@ -264,13 +240,13 @@ def _save_sheet(selection: Selection, path: Path) -> None:
     try:
         save_sheet(selection, thumbnails, path)
     except OSError as error:
-        raise _USAGE_ERROR(f"cannot write --sheet {str(path)!r}: {error}") from error
+        raise USAGE_ERROR(f"cannot write --sheet {str(path)!r}: {error}") from error
 
 
 @app.command()
 def probe(
     config: Annotated[str, typer.Option(help="a preset's name or the path of a .yaml file")] = "balanced",
-    settings: _Set = None,
+    settings: Settings = None,
     model: Annotated[
         str, typer.Option(help="a probe model (qwen2_5_vl or llava_onevision), or any model's id or directory")
     ] = PROBE_MODEL,
@@ -282,7 +258,7 @@ def probe(
     output: Annotated[Path, typer.Option(help="directory of probe.md and probe.png")] = Path("docs"),
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16")] = "float32",
     device: Annotated[str, typer.Option(help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")] = "auto",
-    as_json: _Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Measure what a config costs in accuracy, on made videos whose answers are known."""
     if every:
@@ -291,18 +267,18 @@ def probe(
     from spatiotoken.patching import patched
     from spatiotoken.probe.evaluate import probe as measure
 
-    resolved = _resolve(config, settings)
+    resolved = resolve(config, settings)
     with contextlib.redirect_stdout(sys.stderr):
-        _quiet_libraries()
-        loaded, processor = _load(model, dtype, device)
-        with _bad_input(ValueError), patched(loaded, resolved):
+        quiet_libraries()
+        loaded, processor = load(model, dtype, device)
+        with bad_input(ValueError), patched(loaded, resolved):
             pass  # what does not fit the model is the caller's to mend; what goes wrong later is not
-        with _status("asking"):
+        with status("asking"):
             result = measure(loaded, processor, resolved, name=config, limit=limit, num_frames=num_frames)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        _stdout().print(tables.probe_table(result))
+        stdout().print(tables.probe_table(result))
 
 
 def _probe_all(limit: int, num_frames: int, output: Path) -> None:
@@ -314,33 +290,16 @@ def _probe_all(limit: int, num_frames: int, output: Path) -> None:
     from spatiotoken.probe.curves import curves, write_page
 
     if not output.is_dir():
-        raise _USAGE_ERROR(f"--output {str(output)!r} is not a directory")
+        raise USAGE_ERROR(f"--output {str(output)!r} is not a directory")
     with contextlib.redirect_stdout(sys.stderr):
-        _quiet_libraries()
-        with _status("asking every preset"):
+        quiet_libraries()
+        with status("asking every preset"):
             runs = curves(limit=limit, num_frames=num_frames)
     command = f"spatiotoken probe --all --limit {limit} --num-frames {num_frames} --output {output}"
     machine = f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}, "
     machine += f"transformers {transformers.__version__}"
     page = write_page(runs, output, limit=limit, num_frames=num_frames, command=command, machine=machine)
     print(page)
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-
-
-def _status(text: str) -> Any:
-    return Console(stderr=True, markup=False, highlight=False).status(text)
-
-
-def _video_errors() -> tuple[type[Exception], ...]:
-    from spatiotoken.video import BackendUnavailableError, VideoReadError
-
-    return VideoReadError, BackendUnavailableError
 
 
 def _make_video(directory: str, number: int) -> tuple[str, Example]:
@@ -370,16 +329,10 @@ def _answer(
     from spatiotoken.answer import PromptError, answer_video
     from spatiotoken.patching import patch_model
 
-    with _bad_input(ValueError):
+    with bad_input(ValueError):
         patch_model(model, config, processor=processor)
-    with _bad_input(PromptError), _status("generating the answer"):
+    with bad_input(PromptError), status("generating the answer"):
         return answer_video(model, processor, video, question, max_new_tokens=max_new_tokens, timestamps=timestamps)
-
-
-def _read(path: str, num_frames: int | None) -> Video:
-    from spatiotoken.video import load_video, probe_video
-
-    return load_video(path, num_frames=num_frames or min(DEFAULT_FRAMES, probe_video(path).num_frames))
 
 
 def _selects_while_decoding(config: PatchConfig) -> bool:
@@ -390,43 +343,6 @@ def _selects_while_decoding(config: PatchConfig) -> bool:
     if method is None or method.kind == "several sizes":
         return False
     return not (isinstance(method, ScoredSelector) and method.scorer.kind == "tower")
-
-
-def _load(model: str, dtype_name: str, device_name: str) -> tuple[PreTrainedModel, Any]:
-    from spatiotoken.answer import ModelLoadError, resolve_device, resolve_dtype
-    from spatiotoken.probe.evaluate import load_probe_model
-
-    with _bad_input(ValueError):
-        dtype, device = resolve_dtype(dtype_name), resolve_device(device_name)
-    with _bad_input(ModelLoadError), _status("loading the model"):
-        return load_probe_model(model, dtype=dtype, device=device)
-
-
-def _resolve(config: str, settings: list[str] | None) -> PatchConfig:
-    import yaml
-
-    from spatiotoken.config import ConfigError, load_config
-
-    overrides = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not (key and equals):
-            raise _USAGE_ERROR(f"--set {setting!r} is not STAGE.KEY=VALUE, such as tokens.retention=0.25")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise _USAGE_ERROR(f"--set {setting!r}: {value!r} is not a YAML value") from None
-    with _bad_input(ConfigError):
-        return load_config(config, **overrides)
-
-
-@contextlib.contextmanager
-def _bad_input(*errors: type[Exception]) -> Iterator[None]:
-    """What these errors say is the caller's to mend, and not a bug."""
-    try:
-        yield
-    except errors as error:
-        raise _USAGE_ERROR(str(error)) from error
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:
@@ -445,10 +361,6 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "peak_memory_bytes": report["peak_memory_bytes"],
         "frames": {"indices": list(answer.frame_indices), "seconds": list(answer.frame_seconds)},
     }
-
-
-def _stdout() -> Console:
-    return Console(markup=False, highlight=False)
 
 
 if __name__ == "__main__":

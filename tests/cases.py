@@ -72,6 +72,22 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("layers", "framefusion"): {"cost": 1.0},
     ("layers", "sttm"): {"layer": 2, "spatial": 1.1, "temporal": 1.1},
     ("attention", "sliding_vertical"): {"window": 100_000},
+    ("attention", "anchorattention"): {"theta": 1e6, "step": 2, "block": 4},
+    ("attention", "deltallm"): {"window": 100_000},
+    ("attention", "dhsa"): {"budget": 100_000},
+    ("attention", "flexprefill"): {"gamma": 1.0},
+    ("attention", "hip"): {"window": 100_000, "block_q": 4, "block_k": 4},
+    ("attention", "minference"): {"vertical": 100_000},
+    ("attention", "mminference"): {"density": 1.0},
+    ("attention", "pbs_attn"): {"threshold": 1},
+    ("attention", "powerattention"): {"window": 1000, "block": 4},
+    ("attention", "psa"): {"shares": [1, 1, 1, 1]},
+    ("attention", "sampleattention"): {"alpha": 1},
+    ("attention", "seerattention"): {"sparsity_method": "nz_ratio", "nz_ratio": 1.0},
+    ("attention", "spargeattn"): {"share": 1.0},
+    ("attention", "token_sparse"): {"coverage": 0},
+    ("attention", "xattention"): {"threshold": 1.0},
+    ("attention", "zipvl"): {"tau": 1},
 }
 
 REDUCED: dict[tuple[str, str], dict[str, Any]] = {
@@ -124,9 +140,59 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("layers", "framefusion"): {"cost": 0.5, "similarity": 0.9},
     ("layers", "sttm"): {"layer": 2, "spatial": 0.5, "temporal": 0.6, "root_level": 0},
     ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 4},
+    ("attention", "anchorattention"): {"theta": 0, "step": 2, "block": 2},
+    ("attention", "deltallm"): {"threshold": 4.0, "window": 2, "block_q": 8, "block_k": 2},
+    ("attention", "dhsa"): {
+        "budget": 12,
+        "nms_window": 2,
+        "global_tokens": 4,
+        "local_tokens": 4,
+        "instruction_tokens": 2,
+        "block_q": 4,
+        "block_k": 4,
+    },
+    ("attention", "flexprefill"): {"gamma": 0.3, "min_budget": 4, "block": 4},
+    ("attention", "hip"): {"k": 4, "sink": 4, "window": 1, "block_q": 4, "block_k": 4},
+    ("attention", "minference"): {
+        "vertical": 4,
+        "slash": 4,
+        "sink": 1,
+        "local": 2,
+        "last_queries": 8,
+        "block": 4,
+    },
+    ("attention", "mminference"): {
+        "vertical": 4,
+        "slash": 4,
+        "sink": 1,
+        "local": 2,
+        "last_queries": 8,
+        "block": 4,
+        "density": 0.1,
+    },
+    ("attention", "pbs_attn"): {"block": 4, "segment": 8, "threshold": 0.4},
+    ("attention", "powerattention"): {"window": 1, "sink": 1, "block": 2},
+    ("attention", "psa"): {
+        "levels": [1, 2, 4],
+        "shares": [0.1, 0.3, 0.5],
+        "similarity": [-1, -1],
+        "stride": 2,
+        "block": 4,
+    },
+    ("attention", "sampleattention"): {"alpha": 0.3, "rows": 0.2, "window": 0.1, "sink": 1, "block": 4},
+    ("attention", "seerattention"): {"sparsity_method": "nz_ratio", "nz_ratio": 0.3, "block": 4},
+    ("attention", "spargeattn"): {"share": 0.2, "block_q": 4, "block_k": 4},
+    ("attention", "token_sparse"): {"coverage": 0.4, "min_tokens": 4, "window": 4, "kernel": 3, "start": 0},
+    ("attention", "xattention"): {"threshold": 0.3, "stride": 2, "block": 4},
+    ("attention", "zipvl"): {"tau": 0.3, "recent": 8, "spread": 8, "block": 4},
 }
 
-REPRESENTATIVE = ("kmeans", "slow_fast", "tifre", "random", "downsample", "visionzip", "cdpruner")
+REPRESENTATIVE = (
+    *("kmeans", "slow_fast", "tifre"),
+    *("random", "downsample", "visionzip", "cdpruner"),
+    *("fastv", "sttm", "transprune", "mustdrop"),
+    *("sliding_vertical", "mminference", "token_sparse", "psa"),
+)
 
 COMBINED: dict[str, dict[str, Any]] = {
     "light": load_config("light").to_dict(),
@@ -152,11 +218,11 @@ def reduced_cases(*, every: bool = True) -> list[Any]:
     """All rows of the table.
 
     Args:
-        every: False for what the method itself has little to do with: of `frames` and `tokens` methods only some run by
-            default then, of each kind one: that drops, that has several sizes, that merges, that reads the tower and
-            that reads the question.
+        every: False for what the method itself has little to do with: of each stage only some run by default then, of
+            each kind one: that drops, that has several sizes, that merges, that reads the tower, the question or the
+            places of tokens, that observes layers, that trims the cache, that leaves out queries and that pools keys.
     """
-    slow = () if every else [key for key in REDUCED if key[0] in ("frames", "tokens") and key[1] not in REPRESENTATIVE]
+    slow = () if every else [key for key in REDUCED if key[1] not in REPRESENTATIVE]
     single = [
         pytest.param(config_of(key, settings), id="-".join(key), marks=[pytest.mark.slow] if key in slow else [])
         for key, settings in REDUCED.items()

@@ -28,9 +28,8 @@ def test_every_method(stage: str, name: str) -> None:
     assert method.__module__ == f"spatiotoken.{stage}.{name}", "one method, one file"
     assert method.summary() and len(Path(ROOT, "spatiotoken", stage, f"{name}.py").read_text().splitlines()) <= 150
     assert all(field.description for field in method.model_fields.values()), "parameters are described"
-    if stage in ("frames", "tokens", "layers"):
-        assert method.kind and method.complexity and method.fidelity, "docs/methods.md tells of them"
-        assert f"| `{name}` |" in methods_page(), f"{method.kind!r} is no kind that docs/methods.md has"
+    assert method.kind and method.complexity and method.fidelity, "docs/methods.md tells of them"
+    assert f"| `{name}` |" in methods_page(), f"{method.kind!r} is no kind that docs/methods.md has"
     if method.paper:
         assert re.fullmatch(r"\d{4}\.\d{5}", method.paper) and method.paper in (method.__doc__ or "")
 

@@ -11,24 +11,33 @@ LayerPlace = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, lt=1.0
 
 
 def layer_index(place: LayerPlace, depth: int, field: str = "layer") -> int:
-    """Index of a layer of ``depth``; a share is rounded to the nearest, half down to the even one.
+    """Index of a layer of ``depth``; a share is rounded to the nearest, but some layer comes before it.
 
     Raises:
         ValueError: the model is not that deep.
     """
-    index = round(place * depth) if isinstance(place, float) else place
+    index = max(1, round(place * depth)) if isinstance(place, float) else place
     if index >= depth:
         raise ValueError(f"layers.{field}: {place} is layer {index}, but the model has only {depth} (from 0 on)")
     return index
 
 
-def layer_indices(places: tuple[LayerPlace, ...], depth: int, field: str = "at") -> tuple[int, ...]:
+def layer_indices(places: tuple[LayerPlace, ...], depth: int, field: str = "layers") -> tuple[int, ...]:
     """Strictly rising indices of several layers, none of them before layer 1.
 
+    Shares that fall on one layer of a shallow model take the next ones.
+
     Raises:
-        ValueError: they do not rise, or the model is too shallow to tell them apart.
+        ValueError: indices do not rise, or the model is too shallow.
     """
-    indices = tuple(layer_index(place, depth, field) for place in places)
-    if any(a >= b for a, b in zip((0, *indices), indices, strict=False)):
-        raise ValueError(f"layers.{field}: {list(places)} are layers {list(indices)} of {depth}: they must rise from 1")
-    return indices
+    indices: list[int] = []
+    for place in places:
+        index, least = layer_index(place, depth, field), indices[-1] + 1 if indices else 1
+        if isinstance(place, float):
+            index = max(index, least)
+        if index < least or index >= depth:
+            raise ValueError(
+                f"layers.{field}: {list(places)} are no rising layers of a model that has {depth} (from 1 on)"
+            )
+        indices.append(index)
+    return tuple(indices)

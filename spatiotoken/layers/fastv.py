@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.layers.base import LayerPruner
+from spatiotoken.layers.depth import LayerPlace, layer_indices
 from spatiotoken.registry import Retention
 from spatiotoken.structures import LayerTokens
 
@@ -39,13 +40,11 @@ class FastV(LayerPruner, method="fastv", paper="2403.06764"):
     complexity: ClassVar[str] = "O(LD)"
     fidelity: ClassVar[str] = "authors' vectors"
 
-    layer: int = Field(2, ge=1, description="decoder layer before which tokens are dropped")
+    layer: LayerPlace = Field(2, description="decoder layer before which tokens are dropped (a fraction: of the depth)")
     retention: Retention = 0.5
 
     def prune_layers(self, depth: int) -> tuple[int, ...]:
-        if self.layer >= depth:
-            raise ValueError(f"layers.layer: {self.layer} is not below the number of decoder layers, {depth}")
-        return (self.layer,)
+        return layer_indices((self.layer,), depth, "layer")
 
     def select(self, tokens: LayerTokens) -> Tensor:
         attention = tokens.needed("attention")

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
+from spatiotoken.layers.depth import LayerPlace, layer_index
 from spatiotoken.layers.quadtree import sttm_spatial
 from spatiotoken.structures import LayerReduction, LayerTokens
 from spatiotoken.tokens.merging import mean_by_assignment
@@ -100,16 +101,14 @@ class STTM(LayerReducer, method="sttm", paper="2507.07990"):
     complexity: ClassVar[str] = "O(TND)"
     fidelity: ClassVar[str] = "authors' vectors"
 
-    layer: int = Field(2, ge=0, description="decoder layer before which tokens are merged")
+    layer: LayerPlace = Field(2, description="decoder layer before which tokens are merged (a fraction: of the depth)")
     spatial: float = Field(0.85, ge=-1, le=1.1, description="cosine from which a region is one token")
     temporal: float = Field(0.55, ge=-1, le=1.1, description="cosine from which regions merge over time")
     root_level: int = Field(1, ge=0, description="level of the tree that it begins at, 0 being the coarsest")
     reference: bool = Field(True, description="as the authors' code does at odd borders and with chains of regions")
 
     def prune_layers(self, depth: int) -> tuple[int, ...]:
-        if self.layer >= depth:
-            raise ValueError(f"layers.layer: {self.layer} is not below the number of decoder layers, {depth}")
-        return (self.layer,)
+        return (layer_index(self.layer, depth),)
 
     def reduce(self, tokens: LayerTokens, memory: Any) -> LayerReduction:
         hidden, coordinates = tokens.needed("hidden"), tokens.needed("coordinates")
