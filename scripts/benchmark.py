@@ -6,6 +6,8 @@ reduction: time to first token of presets, what they compute themselves included
 tokens:    every method that merges or drops tokens by their features, at its preset, on made-up features and without a
            model; with --authors beside the authors' own code.
 frames:    choosing frames while a long file is decoded, beside decoding the candidates alone.
+attention: sparse prefill without a model: the kernels beside dense attention, what the methods' estimates cost, and how
+           much of the attention mass they see. On a GPU, with nothing to download: --suite attention --device cuda
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import argparse
 import json
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +26,19 @@ from rich.table import Table
 from transformers.utils import logging
 
 from spatiotoken.answer import resolve_device, resolve_dtype
-from spatiotoken.benchmark import PRESETS, Comparison, compare
+from spatiotoken.attention_benchmark import (
+    Layout,
+    Rounds,
+    engine_tables,
+    estimate_table,
+    preset_methods,
+    recall_table,
+    recall_tables,
+    time_engine,
+    time_estimates,
+    video_prompt,
+)
+from spatiotoken.benchmark import PRESETS, Comparison, compare, machine
 from spatiotoken.frame_benchmark import FRAME_CONFIGS, compare_selectors, write_long_video
 from spatiotoken.token_benchmark import (
     TokenComparison,
@@ -37,40 +53,87 @@ from spatiotoken.token_benchmark import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("overhead", "reduction", "tokens", "frames"), required=True)
+    parser.add_argument("--suite", choices=("overhead", "reduction", "tokens", "frames", "attention"), required=True)
     parser.add_argument(
         "--configs", nargs="+", help="presets or .yaml files of the reduction and frames suites, instead of their own"
     )
-    parser.add_argument("--repeats", type=int, help="rounds; by default 21, in the frames suite 3")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="rounds; by default 21, frames 3, attention 9")
+    parser.add_argument("--warmup", type=int, help="rounds before those; by default 3, attention 1")
     parser.add_argument("--visual-tokens", type=int, default=2000)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16; by default float32, in the attention suite on a GPU bfloat16"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, help="torch's CPU threads; 1 is steady on a machine that others use too")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="torch's CPU threads; 1 is steady on a machine that others use too. The attention suite takes several",
+    )
+    parser.add_argument("--methods", nargs="+", help="methods instead of all (tokens and attention suites)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="after which no further round of a method (or of a table's length) begins; by default 20, attention 30",
+    )
     tokens = parser.add_argument_group("tokens suite (of the others only repeats, warmup, dtype, device and threads)")
-    tokens.add_argument("--methods", nargs="+", help="methods to time instead of all")
     tokens.add_argument("--grid", nargs=3, type=int, default=(32, 14, 14), metavar=("T", "H", "W"))
     tokens.add_argument("--channels", type=int, default=896)
-    tokens.add_argument("--seconds", type=float, default=20.0, help="after which no further round of a method begins")
     tokens.add_argument("--authors", type=Path, metavar="DIR", help="checkouts of the authors' repositories")
     frames = parser.add_argument_group("frames suite (of the others only configs, repeats and threads)")
     frames.add_argument(
         "--video", type=Path, help="file to load; made if it is not there, and for the while if not given"
     )
     frames.add_argument("--minutes", type=float, default=30.0, help="length of a file that is made")
+    attention = parser.add_argument_group(
+        "attention suite (of the others repeats, warmup, dtype, device, threads, methods and seconds)"
+    )
+    attention.add_argument(
+        "--tables",
+        nargs="+",
+        choices=("engine", "estimates", "recall"),
+        help="by default all, on a GPU the first two: recall does not depend on the device",
+    )
+    attention.add_argument("--lengths", nargs="+", type=int, help="tokens; by default 4096 8192, on a GPU 16k to 64k")
+    attention.add_argument("--densities", nargs="+", type=float, default=(0.1, 0.25, 0.5))
+    attention.add_argument(
+        "--layout", nargs=3, type=int, default=Layout(), metavar=("HEADS", "KV", "DIM"), help="of the kernels' table"
+    )
+    attention.add_argument("--block", nargs=2, type=int, default=(128, 64), metavar=("Q", "K"), help="of the patterns")
+    attention.add_argument("--estimate-length", type=int, help="by default 8192, on a GPU 32768")
+    attention.add_argument(
+        "--estimate-layout",
+        nargs=3,
+        type=int,
+        metavar=("HEADS", "KV", "DIM"),
+        help="by default 7 1 128, on a GPU 28 4 128",
+    )
+    attention.add_argument("--probe", action="store_true", help="recall on the probe models too")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
-    output.add_argument("--markdown", action="store_true", help="print a table in Markdown (tokens suite)")
+    output.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print a table in Markdown (tokens suite; the attention suite always does)",
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    if args.threads is None and args.suite == "tokens":
-        args.threads = 1
+    if args.threads is None and args.suite in ("tokens", "attention"):
+        args.threads = [1, 2] if args.suite == "attention" else [1]
     if args.threads is not None:
-        if args.threads < 1:
-            parser.error(f"--threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+        if min(args.threads) < 1:
+            parser.error(f"--threads must be at least 1, not {min(args.threads)}")
+        if len(args.threads) > 1 and args.suite != "attention":
+            parser.error("--threads takes several numbers in the attention suite only")
+        torch.set_num_threads(args.threads[0])
+    if args.suite == "attention":
+        time_attention(parser, args)
+        return
+    args.dtype = args.dtype or "float32"
+    args.warmup = 3 if args.warmup is None else args.warmup
+    args.seconds = 20.0 if args.seconds is None else args.seconds
     if args.suite == "frames":
         time_frames(parser, args)
         return
@@ -147,7 +210,7 @@ def time_frames(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                 args.configs or FRAME_CONFIGS,
                 path,
                 repeats=args.repeats or 3,
-                threads=args.threads or torch.get_num_threads(),
+                threads=torch.get_num_threads(),
             )
         except ValueError as error:
             parser.error(str(error))
@@ -162,6 +225,61 @@ def time_frames(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         memory = f"{timing.peak_memory_bytes / 2**20:.0f}"
         table.add_row(timing.config, str(timing.frames), f"{timing.seconds:.1f}", f"{timing.ratio:.3f}", memory)
     console.print(table)
+
+
+def time_attention(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Prints each table as soon as it is there."""
+    try:
+        device = resolve_device(args.device)
+        gpu = device.type == "cuda"
+        dtype = resolve_dtype(args.dtype or ("bfloat16" if gpu else "float32"))
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError("made-up inputs have no dtype of their own: --dtype auto is for checkpoints")
+        rounds = Rounds(
+            9 if args.repeats is None else args.repeats,
+            1 if args.warmup is None else args.warmup,
+            30.0 if args.seconds is None else args.seconds,
+        )
+        methods = preset_methods()
+        if unknown := set(args.methods or ()) - set(methods):
+            raise ValueError(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
+        methods = {name: method for name, method in methods.items() if name in (args.methods or methods)}
+        data: dict[str, Any] = {"suite": "attention", "machine": machine(device, dtype)}
+
+        def show(text: str) -> None:
+            if not args.json:
+                print(text, end="\n\n", flush=True)
+
+        show(", ".join(f"{key}: {value}" for key, value in data["machine"].items()))
+        tables = args.tables or (("engine", "estimates") if gpu else ("engine", "estimates", "recall"))
+        if "engine" in tables:
+            layout, blocks = Layout(*args.layout), (args.block[0], args.block[1])
+            timings = time_engine(
+                args.threads[:1] if gpu else args.threads,
+                args.lengths or ((16384, 32768, 65536) if gpu else (4096, 8192)),
+                args.densities,
+                layout=layout,
+                blocks=blocks,
+                dtype=dtype,
+                device=device,
+                rounds=rounds,
+            )
+            data["engine"] = list(timings)
+            show(engine_tables(data["engine"], layout, blocks))
+        if "estimates" in tables:
+            layout = Layout(*(args.estimate_layout or ((28, 4, 128) if gpu else (7, 1, 128))))
+            inputs = video_prompt(args.estimate_length or (32768 if gpu else 8192), layout, dtype=dtype, device=device)
+            data["estimates"] = time_estimates(methods, inputs, threads=args.threads[0], rounds=rounds)
+            show(estimate_table(data["estimates"], layout, inputs.length))
+        if "recall" in tables:
+            data["recall"] = {}
+            for source, rows in recall_tables(methods, probe=args.probe):
+                data["recall"][source] = rows
+                show(recall_table(rows, source))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps(data, indent=2, default=asdict))
 
 
 def print_table(suite: str, comparison: Comparison) -> None:

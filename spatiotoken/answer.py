@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from spatiotoken.config import PatchConfig
 from spatiotoken.patches.adapter import ADAPTERS, find_adapter
 from spatiotoken.patching import last_report
 from spatiotoken.prompts import inject_timestamps, video_content
@@ -108,6 +109,25 @@ def load_model(
     except Exception as error:  # whatever transformers makes of a foreign folder: each kind of damage has its own
         raise ModelLoadError(f"cannot load model {str(model)!r}: {' '.join(str(error).split())[:500]}") from error
     return loaded.to(device or torch.device("cpu")).eval(), processor
+
+
+def resolved_layers(model: str | Path, config: PatchConfig) -> dict[str, Any]:
+    """How deep a model is, and before which of its decoder layers a config's ``layers`` method changes the sequence.
+
+    Only the model's configuration is read.
+
+    Raises:
+        ModelLoadError: it cannot be read, or its architecture is not supported.
+        ValueError: the method needs a deeper model.
+    """
+    try:
+        about = AutoConfig.from_pretrained(model)
+        ADAPTERS.get(about.model_type)
+    except Exception as error:
+        raise ModelLoadError(f"cannot load model {str(model)!r}: {' '.join(str(error).split())[:500]}") from error
+    depth = about.get_text_config().num_hidden_layers
+    layers = list(config.layers.prune_layers(depth)) if config.layers else []
+    return {"model": about.model_type, "decoder_layers": depth, "layers": layers}
 
 
 def video_metadata(video: Video) -> dict[str, Any]:

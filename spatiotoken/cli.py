@@ -92,10 +92,28 @@ def list_(as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def show(config: ConfigName, settings: Settings = None, as_json: JsonFlag = False) -> None:
+def show(
+    config: ConfigName,
+    model: Annotated[
+        str | None, typer.Option(help="model id or directory: also say between which of its layers tokens go")
+    ] = None,
+    settings: Settings = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Print the resolved config, as YAML or JSON."""
     resolved = resolve(config, settings)
-    print(json.dumps(resolved.to_dict(), indent=2) if as_json else resolved.to_yaml(), end="\n" if as_json else "")
+    shown = resolved.to_dict()
+    if model is not None:
+        from spatiotoken.answer import resolved_layers
+
+        with bad_input(ValueError):
+            shown["resolved"] = resolved_layers(model, resolved)
+    if as_json:
+        print(json.dumps(shown, indent=2))
+        return
+    from spatiotoken.config import dump_yaml
+
+    print(dump_yaml(shown), end="")
 
 
 @app.command()

@@ -64,7 +64,12 @@ class PatchConfig(BaseModel):
         return head | {stage: {"method": m.name} | m.model_dump(mode="json") for stage, m in self.methods().items()}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return dump_yaml(self.to_dict())
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """``data`` as this library writes YAML."""
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)
 
 
 def build_method(stage: str, settings: Mapping[str, Any]) -> Method:

@@ -225,7 +225,7 @@ class SequenceStages:
     def _record_cache(self, cache: Any, forward: Forward, length: int) -> None:
         if cache is None or not cache.layers[0].is_initialized:  # gradient checkpointing takes the cache away
             return
-        trims = self.config.layers is not None and self.config.layers.trims_cache
+        trims = self.config.layers is not None and self.config.layers.trims_cache()
         last = forward.history[-1][1]
         bounds = [start for start, _ in forward.history[1:]] + [len(cache.layers)]
         for (start, rows), stop in zip(forward.history, bounds, strict=True):

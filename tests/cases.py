@@ -16,8 +16,7 @@ import torch
 from spatiotoken.attention import Attended, PrefillInputs, SparsePrefill
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.frames import FrameSelector
-from spatiotoken.layers.fastv import FastV
-from spatiotoken.layers.framefusion import FrameFusion
+from spatiotoken.layers.base import LayerReducer
 from spatiotoken.registry import METHODS
 from spatiotoken.structures import FrameChoice, Frames, LayerReduction, LayerTokens, ReducedTokens, VideoFeatures
 from spatiotoken.tokens import TokenReducer
@@ -69,6 +68,19 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("tokens", "hired"): {"retention": 1.0},
     ("tokens", "globalcom2"): {"retention": 1.0},
     ("layers", "fastv"): {"layer": 2, "retention": 1.0},
+    ("layers", "sparsevlm"): {"layers": [1], "keep": [1.0], "scale": None},
+    ("layers", "mustdrop"): {"layers": [1], "individual": 0.0},
+    ("layers", "aim_prune"): {"start": 1, "end": 2, "least": 1.0},
+    ("layers", "holitom_merge"): {"layer": 2, "retention": 1.0},
+    ("layers", "pyramiddrop"): {"keep": [1.0, 1.0, 1.0]},
+    ("layers", "transprune"): {"keep": [1.0, 1.0, 1.0]},
+    ("layers", "corematching"): {"min_retention": 1.0},
+    ("layers", "todre_drop"): {"layer": 2, "threshold": 0},
+    ("layers", "dyvte"): {"layer": 2, "threshold": 0},
+    ("layers", "yopo"): {"retention": 1.0},
+    ("layers", "lazyllm"): {"layers": [1, 2, 3], "shares": [1, 1, 1]},
+    ("layers", "spatten"): {"shares": [1, 1]},
+    ("layers", "zipvl_tokens"): {"tau": 1},
     ("layers", "framefusion"): {"cost": 1.0},
     ("layers", "sttm"): {"layer": 2, "spatial": 1.1, "temporal": 1.1},
     ("attention", "sliding_vertical"): {"window": 100_000},
@@ -137,6 +149,19 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("tokens", "hired"): {"retention": 0.3},
     ("tokens", "globalcom2"): {"retention": 0.3},
     ("layers", "fastv"): {"layer": 2, "retention": 0.5},
+    ("layers", "sparsevlm"): {"layers": [1, 2], "keep": [0.5, 0.4]},
+    ("layers", "mustdrop"): {"layers": [1], "overall": 1.1, "individual": 1000.0, "trim": False},
+    ("layers", "aim_prune"): {"start": 1, "end": 3},
+    ("layers", "holitom_merge"): {"layer": 2, "retention": 0.5},
+    ("layers", "pyramiddrop"): {"layers": [1, 2, 3], "keep": [0.6, 0.5, 0.25]},
+    ("layers", "transprune"): {"layers": [1, 2, 3], "keep": [0.6, 0.5, 0.25]},
+    ("layers", "corematching"): {"layer": 1, "min_retention": 0.5},
+    ("layers", "todre_drop"): {"layer": 2, "threshold": 1.0},
+    ("layers", "dyvte"): {"layer": 2, "threshold": 1.0},
+    ("layers", "yopo"): {"retention": 0.5},
+    ("layers", "lazyllm"): {"layers": [1, 3], "shares": [0.6, 0.5]},
+    ("layers", "spatten"): {"layer": 1, "shares": [0.7, 0.3]},
+    ("layers", "zipvl_tokens"): {"tau": 0.8, "recent": 8, "spread": 8, "layer": 1},
     ("layers", "framefusion"): {"cost": 0.5, "similarity": 0.9},
     ("layers", "sttm"): {"layer": 2, "spatial": 0.5, "temporal": 0.6, "root_level": 0},
     ("attention", "sliding_vertical"): {"sink": 2, "window": 6, "columns": 8, "last_queries": 4, "block": 4},
@@ -170,7 +195,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
         "block": 4,
         "density": 0.1,
     },
-    ("attention", "pbs_attn"): {"block": 4, "segment": 8, "threshold": 0.4},
+    ("attention", "pbs_attn"): {"block": 2, "segment": 8, "threshold": 0.4},
     ("attention", "powerattention"): {"window": 1, "sink": 1, "block": 2},
     ("attention", "psa"): {
         "levels": [1, 2, 4],
@@ -190,7 +215,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
 REPRESENTATIVE = (
     *("kmeans", "slow_fast", "tifre"),
     *("random", "downsample", "visionzip", "cdpruner"),
-    *("fastv", "sttm", "transprune", "mustdrop"),
+    *("fastv", "sttm", "transprune", "dyvte"),
     *("sliding_vertical", "mminference", "token_sparse", "psa"),
 )
 
@@ -220,7 +245,7 @@ def reduced_cases(*, every: bool = True) -> list[Any]:
     Args:
         every: False for what the method itself has little to do with: of each stage only some run by default then, of
             each kind one: that drops, that has several sizes, that merges, that reads the tower, the question or the
-            places of tokens, that observes layers, that trims the cache, that leaves out queries and that pools keys.
+            places of tokens, that observes layers, that leaves out queries and that pools keys.
     """
     slow = () if every else [key for key in REDUCED if key[1] not in REPRESENTATIVE]
     single = [
@@ -235,29 +260,22 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make question-aware choices once, at the first prefill, and repeat them afterwards.
 
     "The same kept tokens" cannot be had otherwise when a longer prompt is computed again: some `tokens` methods compare
-    with all text that follows the pictures, FastV ranks by its last token, FrameFusion by what all give, and sparse
+    with all text that follows the pictures, `layers` methods rank by its last tokens, or by what all give, and sparse
     prefill treats as prompt what was decoded densely.
     """
-    fuse = FrameFusion.reduce
-    fused: dict[int, LayerReduction] = {}
+    narrowed: dict[int, LayerReduction] = {}
+    narrows: dict[type, Any] = {}
     reduced: dict[Any, ReducedTokens] = {}
     originals: dict[type, Any] = {}
     picked: dict[Any, FrameChoice] = {}
     selects: dict[type, Any] = {}
     attends: dict[type, Any] = {}
     prompts: dict[int, int] = {}
-    select = FastV.select
-    chosen: list[torch.Tensor] = []
 
-    def select_once(self: FastV, tokens: Any) -> torch.Tensor:
-        if not chosen:
-            chosen.append(select(self, tokens))
-        return chosen[0]
-
-    def fuse_once(self: FrameFusion, tokens: LayerTokens, memory: Any) -> LayerReduction:
-        if tokens.layer not in fused:
-            fused[tokens.layer] = fuse(self, tokens, memory)
-        return fused[tokens.layer]
+    def narrow_once(self: LayerReducer, tokens: LayerTokens, memory: Any) -> LayerReduction:
+        if tokens.layer not in narrowed:
+            narrowed[tokens.layer] = narrows[type(self)](self, tokens, memory)
+        return narrowed[tokens.layer]
 
     def reduce_once(self: TokenReducer, video: VideoFeatures) -> ReducedTokens:
         key = (video.grid, float(video.embeddings.double().sum()))
@@ -286,8 +304,11 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
         return replace(first, output=torch.cat([first.output, dense[:, prompt:]], dim=1))
 
-    monkeypatch.setattr(FastV, "select", select_once)
-    monkeypatch.setattr(FrameFusion, "reduce", fuse_once)
+    for method in METHODS["layers"].items().values():
+        assert issubclass(method, LayerReducer)
+        narrows[method] = method.reduce
+    for method in narrows:  # after all were noted, for some inherit theirs
+        monkeypatch.setattr(method, "reduce", narrow_once)
     for method in METHODS["tokens"].items().values():
         if issubclass(method, TokenReducer) and "question" in method.needs:
             originals[method] = method.reduce
@@ -299,6 +320,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for method in METHODS["attention"].items().values():
         assert issubclass(method, SparsePrefill)
         attends[method] = method.attend
+    for method in attends:
         monkeypatch.setattr(method, "attend", attend_once)
     yield
     monkeypatch.undo()

@@ -86,6 +86,16 @@ def test_show() -> None:
     assert json.loads(invoke(*args, "--json").stdout) == expected
 
 
+def test_show_says_between_which_layers(model: Path, tmp_path: Path) -> None:
+    shown = json.loads(invoke("show", "fastv", "--model", str(model), "--json").stdout)
+    assert shown["resolved"] == {"model": "qwen2_5_vl", "decoder_layers": 4, "layers": [1]}
+    assert yaml.safe_load(invoke("show", "divprune", "--model", str(model)).stdout)["resolved"]["layers"] == []
+    deep = invoke("show", "fastv", "--set", "layers.layer=7", "--model", str(model))
+    assert deep.exit_code == 2 and "7 is layer 7, but the model has only 4" in deep.stderr
+    gone = invoke("show", "fastv", "--model", str(tmp_path / "none"))
+    assert gone.exit_code == 2 and "cannot load model" in gone.stderr
+
+
 def test_show_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("tokens: {method: evs, retention: 0.5}\n")

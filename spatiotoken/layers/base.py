@@ -17,8 +17,6 @@ class LayerReducer(Method):
     stage: ClassVar[str] = "layers"
     needs: ClassVar[frozenset[str]]
     """Optional fields of ``LayerTokens`` that ``reduce`` reads."""
-    trims_cache: ClassVar[bool] = False
-    """After the prefill, the cache of earlier layers keeps no more rows than that of the last one."""
     kind: ClassVar[str] = "between decoder layers"
     merges: ClassVar[bool] = False
     complexity: ClassVar[str]
@@ -33,6 +31,11 @@ class LayerReducer(Method):
         Raises:
             ValueError: if the model is not deep enough.
         """
+
+    def trims_cache(self) -> bool:
+        """Whether, after the prefill, the cache of earlier layers keeps no more rows than that of the last one: what is
+        generated then differs from a recomputation, in which these layers see them."""
+        return False
 
     def observed_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers whose parts ``observe`` is told of; a method that has any needs "observed"."""

@@ -11,12 +11,12 @@ LayerPlace = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, lt=1.0
 
 
 def layer_index(place: LayerPlace, depth: int, field: str = "layer") -> int:
-    """Index of a layer of ``depth``; a share is rounded to the nearest, but some layer comes before it.
+    """Index of a layer of ``depth``; a share is rounded to the nearest that has some layer before it.
 
     Raises:
         ValueError: the model is not that deep.
     """
-    index = max(1, round(place * depth)) if isinstance(place, float) else place
+    index = max(1, min(round(place * depth), depth - 1)) if isinstance(place, float) else place
     if index >= depth:
         raise ValueError(f"layers.{field}: {place} is layer {index}, but the model has only {depth} (from 0 on)")
     return index

@@ -9,7 +9,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from spatiotoken import patch_model, unpatch_model
+from spatiotoken import last_report, patch_model, patched, unpatch_model
 from spatiotoken.config import PatchConfig
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.structures import LayerReduction, LayerTokens
@@ -158,3 +158,42 @@ def test_nothing_of_it_stays(family: Family) -> None:
     assert "forward" in layer.self_attn.__dict__ and "forward" in layer.mlp.__dict__
     unpatch_model(family.model)
     assert (dict(layer.self_attn.__dict__), dict(layer.mlp.__dict__)) == before
+
+
+TRIMMING = {"method": "mustdrop", "layers": [2], "overall": 1.1, "individual": 1000.0}
+
+
+def _stepped(family: Family, inputs: dict[str, Tensor], trim: bool, cut: bool = False) -> tuple[Any, Tensor]:
+    """The cache after a prefill that drops tokens before layer 2, and the logits of one more token.
+
+    Args:
+        cut: take the rows that were dropped out of the other layers by hand.
+    """
+    with patched(family.model, {"layers": {**TRIMMING, "trim": trim}}), torch.inference_mode():
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        if cut:
+            final = torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
+            video = inputs["input_ids"][0] == family.model.config.video_token_id
+            final[video] = torch.tensor(last_report(family.model).seen[0])
+            for layer in cache.layers[:2]:
+                layer.keys, layer.values = layer.keys[:, :, final], layer.values[:, :, final]
+                layer.dropped = cache.layers[3].dropped
+        return cache, family.model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
+
+
+def test_a_trimmed_cache_is_one_that_was_cut_by_hand(family: Family) -> None:
+    expected = []
+    for inputs in (family.inputs(prompt) for prompt in (PROMPT, OTHER)):
+        trimmed, logits = _stepped(family, inputs, trim=True)
+        whole, other = _stepped(family, inputs, trim=False)
+        _, by_hand = _stepped(family, inputs, trim=False, cut=True)
+        lengths = [layer.physical_length for layer in trimmed.layers]
+        assert len(set(lengths)) == 1 and lengths[0] < whole.layers[0].physical_length
+        assert lengths[3] == whole.layers[3].physical_length
+        torch.testing.assert_close(logits, by_hand, atol=2e-4, rtol=1e-4)
+        assert not torch.allclose(logits, other, atol=1e-2)
+        with patched(family.model, {"layers": TRIMMING}):
+            expected.append(torch.stack(family.generate(inputs).scores))
+    with patched(family.model, {"layers": TRIMMING}):
+        together = torch.stack(family.generate(family.inputs(PROMPT, OTHER)).scores)
+    torch.testing.assert_close(together, torch.cat(expected, dim=1), atol=2e-4, rtol=1e-4)
