@@ -278,16 +278,9 @@ class _Weights:
         assert self.keys is not None
         pick = slice(None) if sample is None else slice(sample, sample + 1)
         # Position embeddings may be those of all samples at once.
-        positions = tuple(x.expand(self.hidden.shape[0], -1, -1)[pick] for x in self.positions)
+        cos, sin = (x.expand(self.hidden.shape[0], -1, -1)[pick] for x in self.positions)
         seen = None if self.seen is None else self.seen[pick]
-        rows = self.adapter.attention_rows(
-            self.layer,
-            self.hidden[pick],
-            query_rows,
-            positions,
-            self.keys[pick],
-            seen,  # type: ignore[arg-type]
-        )
+        rows = self.adapter.attention_rows(self.layer, self.hidden[pick], query_rows, (cos, sin), self.keys[pick], seen)
         return rows[..., -self.hidden.shape[1] :]
 
 

@@ -175,20 +175,15 @@ class LogicalLayer(DynamicLayer):
 
     def keep(self, brought: int, places: Tensor) -> None:
         """Of the ``brought`` rows that came last, and are not on record yet, keep those at ``places [B, K']``."""
-        past = self.physical_length - brought
-        index = places[:, None].expand(-1, self.keys.shape[1], -1)
-        self.keys, self.values = (
-            torch.cat(
-                [
-                    states[:, :, :past],
-                    gather_rows(states[:, :, past:].flatten(0, 1), index.flatten(0, 1), 1).unflatten(
-                        0, states.shape[:2]
-                    ),
-                ],
-                dim=2,
-            )
-            for states in (self.keys, self.values)
-        )
+        assert self.keys is not None and self.values is not None
+        past, heads = self.physical_length - brought, self.keys.shape[1]
+        index = places.repeat_interleave(heads, dim=0)
+
+        def kept(states: Tensor) -> Tensor:
+            new = gather_rows(states[:, :, past:].flatten(0, 1), index, 1).unflatten(0, (-1, heads))
+            return torch.cat([states[:, :, :past], new], dim=2)
+
+        self.keys, self.values = kept(self.keys), kept(self.values)
 
     def record(self, original: int, rows: Rows) -> None:
         """Note that ``original`` rows came in, of which ``rows`` are cached."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from spatiotoken.attention_benchmark import PROBE_SETTINGS
 from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import BASELINES, ProbeRun, ask, load_probe_model
@@ -32,10 +33,25 @@ SWEEPS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
         {"spatial": spatial, "temporal": temporal}
         for spatial, temporal in ((0.95, 0.95), (0.95, 0.8), (0.85, 0.65), (0.8, 0.5))
     ),
+    ("layers", "aim_prune"): tuple({"start": start, "end": end} for start, end in ((3, 5), (1, 4), (1, 3))),
+    ("layers", "corematching"): tuple({"min_retention": value} for value in (0.7, 0.4, 0.1)),
+    ("layers", "dyvte"): tuple({"layer": value, "threshold": 1} for value in (4, 3, 2)),
+    ("layers", "lazyllm"): tuple({"shares": (value,) * 3} for value in (0.7, 0.4, 0.15)),
+    ("layers", "mustdrop"): tuple({"overall": value, "individual": 1000} for value in (0.6, 0.9, 1.2)),
+    ("layers", "pyramiddrop"): tuple({"layers": (1, 3, 5), "keep": (k, k / 2, k / 4)} for k in (0.9, 0.6, 0.3)),
+    ("layers", "sparsevlm"): tuple({"keep": keep} for keep in ((0.8, 0.75, 0.7), (0.55, 0.45, 0.28), (0.3, 0.2, 0.1))),
+    ("layers", "spatten"): tuple({"shares": shares} for shares in ((0.9, 0.6), (0.7, 0.12), (0.3, 0.05))),
+    ("layers", "todre_drop"): tuple({"layer": value, "threshold": 1} for value in (4, 3, 2)),
+    ("layers", "transprune"): tuple({"layers": (1, 3, 5), "keep": (k, k / 2, k / 4)} for k in (0.9, 0.6, 0.3)),
+    ("layers", "zipvl_tokens"): tuple({"tau": value, "layer": 1} for value in (0.97, 0.94, 0.9)),
 }
-"""What is asked instead of methods without a retention ratio: settings, from mild to strong."""
+"""What is asked instead of methods without a retention ratio: settings, from mild to strong. For most `layers` methods
+the one in the middle leaves half of the visual tokens to the average layer of the probe models, which have six."""
+AT_HALF = {"fastv": {"layer": 1, "retention": 0.4}, "holitom_merge": {"layer": 1, "retention": 0.4}}
+"""The same for those that have a retention ratio."""
 
 _NEEDLES = 96
+_SHORT = " on short prompts"
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,14 @@ model's tells more. Run with {machine}; times are in [benchmarks.md](benchmarks.
 """
 
 
+_SPARSE_HEAD = """\
+### Sparse prefill
+
+At their presets' settings, which are for prompts of many thousand tokens, `attention` methods leave these prompts of a
+few hundred to dense attention. Here they have blocks of 8 tokens or so (`PROBE_SETTINGS` in
+`spatiotoken/attention_benchmark.py`). *Density* is the share of the causal pairs that is computed, the mean over
+layers.
+"""
 _NEEDLE_HEAD = """\
 ### Which frames are seen
 
@@ -85,20 +109,32 @@ nothing else. A letter has eight possible answers.
 
 
 def configs() -> dict[str, PatchConfig]:
-    """By name: ``dense``, the other presets, and each method at several budgets."""
+    """By name: ``dense``, the other presets, each method at several budgets, and sparse prefill on short prompts."""
     known = presets()
     found = {"dense": known.pop("dense"), **{name: at_hand(config) for name, config in known.items()}}
     for stage in ("tokens", "layers"):
         for name, method in sorted(METHODS[stage].items().items()):
             if (stage, name) in SWEEPS:
                 for settings in SWEEPS[stage, name]:
-                    label = ", ".join(f"{key} {value:g}" for key, value in settings.items())
-                    found[f"{name} {label}"] = load_config({stage: {"method": name, **settings}})
+                    found[f"{name} {_label(settings)}"] = load_config({stage: {"method": name, **settings}})
             elif "retention" in method.model_fields:
                 for retention in RETENTIONS:
                     config = load_config({stage: {"method": name, "retention": retention}})
                     found[f"{name}-{round(100 * retention)}"] = config
+            if name in AT_HALF:
+                settings = AT_HALF[name]
+                found[f"{name} {_label(settings)}"] = load_config({stage: {"method": name, **settings}})
+    for name, short in PROBE_SETTINGS.items():
+        found[f"{name}{_SHORT}"] = load_config({"attention": {"method": name, "backend": "gather", **short}})
     return found
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    shown = {
+        key: "/".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:g}"
+        for key, value in settings.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def curves(model_types: Sequence[str] = PROBE_MODEL_TYPES, *, limit: int, num_frames: int = 16) -> dict[str, Curves]:
@@ -165,7 +201,11 @@ def write_page(
     head = {"limit": limit, "frames": num_frames, "each": limit // len(FAMILIES), "command": command}
     parts = [_INTRODUCTION.format(**head, machine=machine, picture=picture.name)]
     for model, measured in curves.items():
-        parts.append(f"## {model}\n\n" + "\n".join(_table(measured.runs)) + "\n")
+        sparse = [run for run in measured.runs if run.config.endswith(_SHORT)]
+        others = [run for run in measured.runs if run not in sparse]
+        parts.append(f"## {model}\n\n" + "\n".join(_table(others)) + "\n")
+        parts.append(_SPARSE_HEAD)
+        parts.append("\n".join(_sparse_table([others[0], *sparse])) + "\n")
         parts.append(_NEEDLE_HEAD.format(limit=_NEEDLES, candidates=CANDIDATES, kept=KEPT))
         parts.append("\n".join(_needle_table(measured.needles)) + "\n")
     page = directory / "probe.md"
@@ -190,6 +230,16 @@ def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
                 _percent(run.evidence_recall),
             ]
         )
+
+
+def _sparse_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
+    titles = ["method", "density", "accuracy", "interval", *FAMILIES]
+    yield _row(titles)
+    yield _row(["---"] * len(titles))
+    for run in runs:
+        families = [_percent(run.families[family].accuracy) if family in run.families else "" for family in FAMILIES]
+        name = run.config.removesuffix(_SHORT)
+        yield _row([name, _percent(run.density), _percent(run.accuracy), _interval(run.interval), *families])
 
 
 def _needle_table(runs: Sequence[KeyframeRun]) -> Iterable[str]:

@@ -50,6 +50,7 @@ class ProbeRun:
             or merged into another.
         visual, visual_kept: visual tokens of a prompt, and those of them that entered the language model.
         retention: visual tokens of the average decoder layer, as a share of ``visual``.
+        density: share of the causal pairs that attention computed in the prefill.
         prefill_ms: time of a batch's prefill over its questions.
     """
 
@@ -61,6 +62,7 @@ class ProbeRun:
     visual: float
     visual_kept: float
     retention: float
+    density: float
     prefill_ms: float
 
 
@@ -100,6 +102,7 @@ class Tally:
         self.visual = 0
         self.visual_kept = 0
         self.layer_visual = 0.0
+        self.densities: list[float] = []
         self.milliseconds = 0.0
 
     @property
@@ -125,6 +128,8 @@ class Tally:
         self.visual_kept += report.visual_kept
         layers = report.layer_tokens
         self.layer_visual += sum(layers) / len(layers) - report.text_tokens
+        layer_densities = [entry.density for entry in report.attention] or [1.0]
+        self.densities += [sum(layer_densities) / len(layer_densities)] * len(batch)
         self.milliseconds += report.prefill_ms
 
     def run(self, config: str) -> ProbeRun:
@@ -147,6 +152,7 @@ class Tally:
             visual=self.visual / n,
             visual_kept=self.visual_kept / n,
             retention=self.retention,
+            density=sum(self.densities) / n,
             prefill_ms=self.milliseconds / n,
         )
 

@@ -53,7 +53,7 @@ class AIM(TokenReducer, method="aim", paper="2412.03248"):
     As released, a step takes the plain mean of what it merges, even where one of these is a mean already, so that late
     comers weigh more; ``weighted`` counts the tokens instead. A survivor is a convex combination of the tokens that
     are assigned to it. Tokens stay in place and keep their position ids, where the authors leave unmerged tokens in
-    order of similarity. AIM's second part, pruning in the language model, is no matter of this stage.
+    order of similarity. AIM's second part, pruning in the language model, is ``layers: aim_prune``.
     """
 
     kind: ClassVar[str] = "segmentation and merging"

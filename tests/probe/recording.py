@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spatiotoken import load_config
+from spatiotoken.attention_benchmark import PROBE_SETTINGS
 from spatiotoken.config import PatchConfig
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import ask, load_probe_model
@@ -23,7 +24,10 @@ ANSWERS, QUESTIONS = 200, 42
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"frames.num_frames": 4} for name in METHODS["frames"].items()},
     "f2c": {"frames.num_frames": 6, "frames.full_frames": 3},
-    "sliding_vertical": {"attention.sink": 4, "attention.window": 32, "attention.columns": 32},
+    **{
+        name: {f"attention.{key}": value for key, value in {"backend": "gather", **settings}.items()}
+        for name, settings in PROBE_SETTINGS.items()
+    },
 }
 
 

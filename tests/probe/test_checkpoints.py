@@ -90,8 +90,15 @@ def test_frozen_answers(model_type: str) -> None:
     assert sum(a == b for a, b in zip(now, then, strict=True)) >= ANSWERS - 2
 
 
-@pytest.mark.parametrize("part", range(4))  # so that several processes share the work evenly
-@pytest.mark.parametrize("model_type", PROBE_MODEL_TYPES)
+# In parts, so that several processes share the work evenly. By default each method is measured on one of the models.
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        pytest.param(model_type, part, marks=[] if part % 2 == number % 2 else [pytest.mark.slow])
+        for number, model_type in enumerate(PROBE_MODEL_TYPES)
+        for part in range(4)
+    ],
+)
 def test_methods_keep_their_accuracy(model_type: str, part: int) -> None:
     then = recorded()[model_type]["methods"]
     assert then.keys() == set(methods()), "run `make record-probe`"
