@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.attention.base import Part, PrefillInputs, SparsePrefill
-from spatiotoken.attention.blocks import num_blocks, pooled
+from spatiotoken.attention.blocks import as_columns, num_blocks, pooled
 from spatiotoken.attention.kernels import SparsePattern
-from spatiotoken.attention.sampleattention import as_columns
 
 
 def anchors(query: Tensor, key: Tensor, scale: float, start: int, step: int, block: int) -> Tensor:

@@ -67,3 +67,10 @@ def largest(score: Tensor, count: int) -> Tensor:
     """Bool like ``score [..., n]``: the ``count`` largest, all if there are no more; ties go to the first."""
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def as_columns(selected: Tensor, width: int) -> Tensor:
+    """``[G, width]`` int64 rising places where ``selected [G, L]`` holds, -1 after the last; ``width`` is the largest
+    number of them in a row."""
+    order = (~selected).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+    return order.where(selected.gather(-1, order), -1)

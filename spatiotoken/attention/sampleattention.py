@@ -5,43 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from spatiotoken.attention.base import BlockPattern, PrefillInputs
-from spatiotoken.attention.blocks import by_mass, num_blocks, window_blocks
+from spatiotoken.attention.blocks import as_columns, by_mass, num_blocks, window_blocks
 from spatiotoken.attention.kernels import SparsePattern
-from spatiotoken.attention.weights import row_weights
-
-ROWS_AT_ONCE = 64
-"""Sampled queries whose weights are held at once."""
-
-
-def spread_rows(count: int, before: int, device: torch.device) -> Tensor:
-    """``count`` places at equal distances among the first ``before``, the last of them included."""
-    return (torch.arange(count, device=device) + 1) * before // max(count, 1) - 1
-
-
-def sampled_mass(inputs: PrefillInputs, count: int, before: int) -> Tensor:
-    """``[heads, L]`` float32 sum of the causal weights that ``spread_rows(count, before)`` give all keys."""
-    mass = torch.zeros(inputs.query.shape[:2], device=inputs.query.device)
-    rows, position = spread_rows(count, before, mass.device), torch.arange(inputs.length, device=mass.device)
-    key = inputs.key.float()
-    for first in range(0, count, ROWS_AT_ONCE):
-        last = min(first + ROWS_AT_ONCE, count)
-        now, stop = rows[first:last], last * before // count  # later keys are seen by none of these
-        visible = position[:stop] <= now[:, None]
-        weights = row_weights(inputs.query[None, :, now], key[None, :, :stop], visible[None], inputs.scale)
-        mass[:, :stop] += weights[0].sum(dim=1)
-    return mass
-
-
-def as_columns(selected: Tensor, width: int) -> Tensor:
-    """``[G, width]`` int64 rising places where ``selected [G, L]`` holds, -1 after the last; ``width`` is the largest
-    number of them in a row."""
-    order = (~selected).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
-    return order.where(selected.gather(-1, order), -1)
+from spatiotoken.attention.weights import sampled_mass
 
 
 class SampleAttention(BlockPattern, method="sampleattention", paper="2406.15486"):

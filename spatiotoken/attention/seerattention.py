@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spatiotoken.attention.base import BlockPattern, PrefillInputs
 from spatiotoken.attention.blocks import causal_blocks, largest, num_blocks, per_head, pooled
 from spatiotoken.attention.kernels import SparsePattern
+from spatiotoken.gates import load_gates
 
 Gate = tuple[Tensor, Tensor | None]
 """Linear maps of one layer: of keys ``[kv_heads or heads, 3 d, hidden]``, of queries ``[heads, d, hidden]`` or none."""
-
-
-@functools.cache
-def load_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a file, read once.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"seerattention: no file of gate weights at {path}")
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"seerattention: {path} is no safetensors file (convert a .pth file): {error}") from error
 
 
 def layer_gate(path: Path, inputs: PrefillInputs) -> Gate:
@@ -44,7 +26,7 @@ def layer_gate(path: Path, inputs: PrefillInputs) -> Gate:
         ValueError: the file has none for the layer, or one of another shape.
     """
     (heads, _, dim), kv_heads = inputs.query.shape, len(inputs.key)
-    tensors = load_weights(path, inputs.query.device)
+    tensors = load_gates("seerattention", path, inputs.query.device)
     prefix = f"layers.{inputs.layer}.self_attn.attn_gate.mask_linear_"
     found = {name.rpartition(prefix)[2]: x for name, x in tensors.items() if prefix in name}
     key, query = found.get("k.weight"), found.get("q.weight")

@@ -10,6 +10,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from spatiotoken.attention.base import PrefillInputs
 
+ROWS_AT_ONCE = 64
+"""Sampled queries whose weights are held at once."""
+
 
 def row_weights(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
     """``[B, heads, R, keys]`` float32 weights; a row that sees nothing is NaN.
@@ -31,3 +34,22 @@ def last_rows_weights(inputs: PrefillInputs, rows: int) -> Tensor:
     position = torch.arange(length, device=inputs.query.device)
     visible = position <= position[length - rows :, None]
     return row_weights(inputs.query[None, :, length - rows :], inputs.key[None], visible[None], inputs.scale)[0]
+
+
+def spread_rows(count: int, before: int, device: torch.device) -> Tensor:
+    """``count`` places at equal distances among the first ``before``, the last of them included."""
+    return (torch.arange(count, device=device) + 1) * before // max(count, 1) - 1
+
+
+def sampled_mass(inputs: PrefillInputs, count: int, before: int) -> Tensor:
+    """``[heads, L]`` float32 sum of the causal weights that ``spread_rows(count, before)`` give all keys."""
+    mass = torch.zeros(inputs.query.shape[:2], device=inputs.query.device)
+    rows, position = spread_rows(count, before, mass.device), torch.arange(inputs.length, device=mass.device)
+    key = inputs.key.float()
+    for first in range(0, count, ROWS_AT_ONCE):
+        last = min(first + ROWS_AT_ONCE, count)
+        now, stop = rows[first:last], last * before // count  # later keys are seen by none of these
+        visible = position[:stop] <= now[:, None]
+        weights = row_weights(inputs.query[None, :, now], key[None, :, :stop], visible[None], inputs.scale)
+        mass[:, :stop] += weights[0].sum(dim=1)
+    return mass

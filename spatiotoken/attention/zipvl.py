@@ -9,10 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken.attention.base import BlockPattern, PrefillInputs
-from spatiotoken.attention.blocks import by_mass, diagonal_blocks
+from spatiotoken.attention.blocks import as_columns, by_mass, diagonal_blocks
 from spatiotoken.attention.kernels import SparsePattern
-from spatiotoken.attention.sampleattention import as_columns, sampled_mass, spread_rows
-from spatiotoken.attention.weights import last_rows_weights
+from spatiotoken.attention.weights import last_rows_weights, sampled_mass, spread_rows
 
 
 def probe_mass(inputs: PrefillInputs, recent: int, spread: int) -> tuple[Tensor, Tensor]:

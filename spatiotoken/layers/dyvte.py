@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from spatiotoken.gates import load_gates
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_indices
-from spatiotoken.layers.todre_drop import all_or_nothing, text_to_visual
+from spatiotoken.layers.words import all_or_nothing, text_to_visual
 from spatiotoken.structures import LayerReduction, LayerTokens
 
 Gate = tuple[Tensor, Tensor]
 """Linear maps of one layer, without bias: ``[hidden, 2 D]`` and ``[2, hidden]``."""
-
-
-@functools.cache
-def load_gates(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a file, read once.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"dyvte: no file of gate weights at {path}")
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"dyvte: {path} is no safetensors file: {error}") from error
 
 
 def layer_gate(path: Path, layer: int, dim: int, device: torch.device) -> Gate:
@@ -46,7 +28,7 @@ def layer_gate(path: Path, layer: int, dim: int, device: torch.device) -> Gate:
     Raises:
         ValueError: the file has none for the layer, or one of another shape.
     """
-    tensors = load_gates(path, device)
+    tensors = load_gates("dyvte", path, device)
     prefix = f"visual_gates_router.{layer}."
     found = {name.rpartition(prefix)[2]: x for name, x in tensors.items() if prefix in name}
     first, second = found.get("w1.weight"), found.get("w2.weight")

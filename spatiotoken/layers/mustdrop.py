@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,19 +12,9 @@ from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_indices
+from spatiotoken.layers.words import ROWS, weights_of_words
 from spatiotoken.structures import LayerReduction, LayerTokens
 from spatiotoken.tokens.merging import top_mask
-
-ROWS = 32
-"""Query rows whose attention is held at a time."""
-
-
-def weights_of_words(tokens: LayerTokens) -> Iterator[Tensor]:
-    """``[heads, <= 32, n]`` attention to the visual tokens in the layer before, of all words in their order."""
-    assert tokens.weights is not None
-    places = tokens.needed("places")
-    for rows in tokens.needed("text").split(ROWS):
-        yield tokens.weights(rows, False).index_select(2, places)
 
 
 def mustdrop_scores(weights: Iterable[Tensor], asking: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_indices
-from spatiotoken.layers.mustdrop import ROWS, weights_of_words
+from spatiotoken.layers.words import ROWS, weights_of_words
 from spatiotoken.registry import Retention
 from spatiotoken.structures import LayerReduction, LayerTokens
 from spatiotoken.tokens.budgets import whole_share

@@ -4,39 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_indices
+from spatiotoken.layers.words import all_or_nothing, text_to_visual
 from spatiotoken.structures import LayerReduction, LayerTokens
-
-_ROWS = 32
-"""Query rows whose weights are held at a time."""
-
-
-def text_to_visual(tokens: LayerTokens) -> Tensor:
-    """``[]`` float32 share of its attention that the question gave the visual tokens in the layer before.
-
-    The mean over heads and over the words after the last visual token; not a number where there are none, since those
-    before it cannot see it.
-    """
-    assert tokens.weights is not None
-    places, text, asking = tokens.needed("places"), tokens.needed("text"), tokens.needed("asking").float()
-    mass = asking.new_zeros(())
-    if not text.shape[0]:
-        return mass / 0
-    for rows, weight in zip(text.split(_ROWS), asking.split(_ROWS), strict=True):
-        given = tokens.weights(rows, False).float().mean(dim=0).index_select(1, places).sum(dim=1)
-        mass = mass + given @ weight
-    return torch.where(text[-1] > places[-1], mass / asking.sum(), torch.nan)
-
-
-def all_or_nothing(tokens: LayerTokens, leave: bool) -> LayerReduction:
-    """No visual token is left, or all are."""
-    places = tokens.needed("places")
-    return LayerReduction(torch.arange(0 if leave else places.shape[0], device=places.device))
 
 
 class ToDREDrop(LayerReducer, method="todre_drop", paper="2505.18757"):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from spatiotoken.layers.base import LayerReducer
-from spatiotoken.layers.todre_drop import all_or_nothing
+from spatiotoken.layers.words import all_or_nothing
 from spatiotoken.registry import Retention
 from spatiotoken.structures import LayerReduction, LayerTokens
 

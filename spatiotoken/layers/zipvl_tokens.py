@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from spatiotoken.attention.sampleattention import spread_rows
+from spatiotoken.attention.weights import spread_rows
 from spatiotoken.attention.zipvl import important_tokens
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_index

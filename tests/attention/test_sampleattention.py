@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spatiotoken.attention import sampleattention
+from spatiotoken.attention.blocks import as_columns
 from spatiotoken.attention.kernels.pattern import visible_pairs
-from spatiotoken.attention.sampleattention import SampleAttention, as_columns, sampled_mass, spread_rows
+from spatiotoken.attention.sampleattention import SampleAttention
+from spatiotoken.attention.weights import sampled_mass, spread_rows
 from tests.attention import attention_map, prefill_inputs
 
 
@@ -27,7 +28,7 @@ def test_mass_equals_the_rows_of_the_whole_map(monkeypatch: pytest.MonkeyPatch) 
     weights = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)
     expected = weights[:, spread_rows(7, 44, torch.device("cpu"))].sum(dim=1)
     torch.testing.assert_close(sampled_mass(inputs, 7, 44), expected)
-    monkeypatch.setattr(sampleattention, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(attention_weights, "ROWS_AT_ONCE", 2)
     torch.testing.assert_close(sampled_mass(inputs, 7, 44), expected)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatiotoken.layers.todre_drop import ToDREDrop, text_to_visual
+from spatiotoken.layers.todre_drop import ToDREDrop
+from spatiotoken.layers.words import text_to_visual
 from spatiotoken.structures import LayerTokens
 
 
