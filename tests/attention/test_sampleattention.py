@@ -28,7 +28,7 @@ def test_mass_equals_the_rows_of_the_whole_map(monkeypatch: pytest.MonkeyPatch) 
     weights = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)
     expected = weights[:, spread_rows(7, 44, torch.device("cpu"))].sum(dim=1)
     torch.testing.assert_close(sampled_mass(inputs, 7, 44), expected)
-    monkeypatch.setattr(attention_weights, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("spatiotoken.attention.weights.ROWS_AT_ONCE", 2)
     torch.testing.assert_close(sampled_mass(inputs, 7, 44), expected)
 
 
