@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
+from pydantic import ValidationError
 from torch import Tensor
 
 from spatiotoken.config import load_config
@@ -130,7 +131,20 @@ def instances(method: type[Method], **fixed: Any) -> SearchStrategy[Method]:
     always = {name: field for name, field in fields.items() if name == "retention"}
     some = st.fixed_dictionaries(always, optional={name: fields[name] for name in fields if name not in always})
     any_of = st.sampled_from(known_settings(method)) | some | st.fixed_dictionaries(fields)
-    return any_of.map(lambda chosen: method(**{**chosen, **fixed}))
+    return any_of.map(lambda chosen: fitted(method, {**chosen, **fixed}))
+
+
+def fitted(method: type[Method], chosen: dict[str, Any]) -> Method:
+    """The method with as many shares as layers, the first of each, and with falling shares if it takes no others."""
+    every = {name: field.default for name, field in method.model_fields.items()} | chosen
+    lists = {name: every[name] for name in ("layers", "keep", "shares") if isinstance(every.get(name), (list, tuple))}
+    count = min(map(len, lists.values()), default=0)
+    cut = {name: tuple(values[:count]) for name, values in lists.items()}
+    try:
+        return method(**{**chosen, **cut})
+    except ValidationError:
+        falling = {name: tuple(sorted(cut[name], reverse=True)) for name in ("keep", "shares") if name in cut}
+        return method(**{**chosen, **cut, **falling})
 
 
 def known_settings(method: type[Method]) -> list[dict[str, Any]]:
@@ -146,6 +160,11 @@ def values(schema: dict[str, Any]) -> SearchStrategy[Any]:
         return st.sampled_from(schema["enum"])
     if "prefixItems" in schema:
         return st.tuples(*map(values, schema["prefixItems"]))
+    if "items" in schema:
+        least = max(1, schema.get("minItems", 1))
+        return st.lists(values(schema["items"]), min_size=least, max_size=min(schema.get("maxItems", 1000), least + 3))
+    if schema["type"] == "string":  # a file, of which there is none
+        return st.nothing()
     if schema["type"] == "null":
         return st.none()
     if schema["type"] == "boolean":
