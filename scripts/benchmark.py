@@ -8,6 +8,8 @@ tokens:    every method that merges or drops tokens by their features, at its pr
 frames:    choosing frames while a long file is decoded, beside decoding the candidates alone.
 attention: sparse prefill without a model: the kernels beside dense attention, what the methods' estimates cost, and how
            much of the attention mass they see. On a GPU, with nothing to download: --suite attention --device cuda
+layers:    prefill of the language model alone, with every method that drops or merges tokens between its layers, beside
+           what the number of tokens in all layers predicts. As in the docs: --suite layers --memory
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from spatiotoken.attention_benchmark import (
 )
 from spatiotoken.benchmark import PRESETS, Comparison, compare, machine
 from spatiotoken.frame_benchmark import FRAME_CONFIGS, compare_selectors, write_long_video
+from spatiotoken.layer_benchmark import compare_layers, layer_configs, layer_table
 from spatiotoken.token_benchmark import (
     TokenComparison,
     TokenTiming,
@@ -53,15 +56,16 @@ from spatiotoken.token_benchmark import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("overhead", "reduction", "tokens", "frames", "attention"), required=True)
+    suites = ("overhead", "reduction", "tokens", "frames", "attention", "layers")
+    parser.add_argument("--suite", choices=suites, required=True)
     parser.add_argument(
         "--configs", nargs="+", help="presets or .yaml files of the reduction and frames suites, instead of their own"
     )
-    parser.add_argument("--repeats", type=int, help="rounds; by default 21, frames 3, attention 9")
-    parser.add_argument("--warmup", type=int, help="rounds before those; by default 3, attention 1")
-    parser.add_argument("--visual-tokens", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, help="rounds; by default 21, frames 3, attention 9, layers 5")
+    parser.add_argument("--warmup", type=int, help="rounds before those; by default 3, attention 1, layers 0")
+    parser.add_argument("--visual-tokens", type=int, help="by default 2000, layers 4000")
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-layers", type=int, help="by default 4, layers 12")
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16; by default float32, in the attention suite on a GPU bfloat16"
     )
@@ -72,7 +76,7 @@ def main() -> None:
         nargs="+",
         help="torch's CPU threads; 1 is steady on a machine that others use too. The attention suite takes several",
     )
-    parser.add_argument("--methods", nargs="+", help="methods instead of all (tokens and attention suites)")
+    parser.add_argument("--methods", nargs="+", help="methods instead of all (tokens, attention and layers suites)")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -111,16 +115,18 @@ def main() -> None:
         help="by default 7 1 128, on a GPU 28 4 128",
     )
     attention.add_argument("--probe", action="store_true", help="recall on the probe models too")
+    layers = parser.add_argument_group("layers suite (of the others those down to threads, and methods)")
+    layers.add_argument("--memory", action="store_true", help="measure peak memory, in a process for each config")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument(
         "--markdown",
         action="store_true",
-        help="print a table in Markdown (tokens suite; the attention suite always does)",
+        help="print a table in Markdown (tokens suite; the attention and layers suites always do)",
     )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    if args.threads is None and args.suite in ("tokens", "attention"):
+    if args.threads is None and args.suite in ("tokens", "attention", "layers"):
         args.threads = [1, 2] if args.suite == "attention" else [1]
     if args.threads is not None:
         if min(args.threads) < 1:
@@ -132,6 +138,9 @@ def main() -> None:
         time_attention(parser, args)
         return
     args.dtype = args.dtype or "float32"
+    if args.suite == "layers":
+        time_layers(parser, args)
+        return
     args.warmup = 3 if args.warmup is None else args.warmup
     args.seconds = 20.0 if args.seconds is None else args.seconds
     if args.suite == "frames":
@@ -147,9 +156,9 @@ def main() -> None:
             ["dense"] if args.suite == "overhead" else args.configs or PRESETS,
             repeats=args.repeats,
             warmup=args.warmup,
-            visual_tokens=args.visual_tokens,
+            visual_tokens=2000 if args.visual_tokens is None else args.visual_tokens,
             hidden_size=args.hidden_size,
-            num_layers=args.num_layers,
+            num_layers=4 if args.num_layers is None else args.num_layers,
             dtype=resolve_dtype(args.dtype),
             device=resolve_device(args.device),
         )
@@ -280,6 +289,31 @@ def time_attention(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error(str(error))
     if args.json:
         print(json.dumps(data, indent=2, default=asdict))
+
+
+def time_layers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    configs = layer_configs()
+    if unknown := set(args.methods or ()) - set(configs):
+        parser.error(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(map(repr, configs))}")
+    try:
+        comparison = compare_layers(
+            {name: config for name, config in configs.items() if name in (args.methods or configs)},
+            repeats=5 if args.repeats is None else args.repeats,
+            warmup=args.warmup or 0,
+            visual_tokens=4000 if args.visual_tokens is None else args.visual_tokens,
+            hidden_size=args.hidden_size,
+            num_layers=12 if args.num_layers is None else args.num_layers,
+            dtype=resolve_dtype(args.dtype),
+            device=resolve_device(args.device),
+            memory=args.memory,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps({"suite": "layers"} | comparison.to_dict(), indent=2))
+        return
+    print(", ".join(f"{key}: {value}" for key, value in comparison.machine.items()), end="\n\n")
+    print(layer_table(comparison))
 
 
 def print_table(suite: str, comparison: Comparison) -> None:
