@@ -203,10 +203,13 @@ class BetweenLayers:
         @functools.cache
         def received() -> Tensor:
             got = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
-            for queries in torch.arange(length, device=hidden.device).expand(hidden.shape[0], -1).split(_QUERIES, 1):
+            everyone = torch.arange(length, device=hidden.device).expand(hidden.shape[0], -1)
+            for start in range(0, length, _QUERIES):
+                stop = min(start + _QUERIES, length)
                 # Padding asks nothing; what it gives, which may be NaN, is left out.
-                given = before.of(queries).mean(dim=1).masked_fill(~rows.valid.gather(1, queries)[..., None], 0)
-                got += given.sum(dim=1)
+                asked = rows.valid[:, start:stop, None]
+                given = before.of(everyone[:, start:stop], stop=stop).mean(dim=1).masked_fill(~asked, 0)
+                got[:, :stop] += given.sum(dim=1)
             return got / torch.tensor(rows.lengths, device=hidden.device)[:, None]
 
         attention = None
@@ -265,23 +268,29 @@ class _Weights:
     seen: Tensor | None
     whole: bool
 
-    def of(self, query_rows: Tensor, sample: int | None = None) -> Tensor:
-        """``[B, heads, R, K]`` of ``query_rows [B, R]``, on the rows of this pass.
+    def of(self, query_rows: Tensor, sample: int | None = None, stop: int | None = None) -> Tensor:
+        """``[B, heads, R, stop]`` of ``query_rows [B, R]``, on the rows of this pass.
 
         Args:
             sample: only this one's, which is then the whole batch.
+            stop: none of the queries comes after the first so many rows, and later ones are left out; None for all.
         """
+        length = self.hidden.shape[1]
         if not self.whole:
             own = self.adapter.keys(self.layer, self.hidden, self.positions)
             self.keys = own if self.keys is None else torch.cat([self.keys, own], dim=2)
             self.whole = True
         assert self.keys is not None
         pick = slice(None) if sample is None else slice(sample, sample + 1)
+        stop = length if stop is None else stop
+        known = self.keys.shape[2] - length + stop
         # Position embeddings may be those of all samples at once.
-        cos, sin = (x.expand(self.hidden.shape[0], -1, -1)[pick] for x in self.positions)
-        seen = None if self.seen is None else self.seen[pick]
-        rows = self.adapter.attention_rows(self.layer, self.hidden[pick], query_rows, (cos, sin), self.keys[pick], seen)
-        return rows[..., -self.hidden.shape[1] :]
+        cos, sin = (x.expand(self.hidden.shape[0], -1, -1)[pick, :stop] for x in self.positions)
+        seen = None if self.seen is None else self.seen[pick, :known]
+        rows = self.adapter.attention_rows(
+            self.layer, self.hidden[pick, :stop], query_rows, (cos, sin), self.keys[pick, :, :known], seen
+        )
+        return rows[..., -stop:]
 
 
 def _weights_of_sample(

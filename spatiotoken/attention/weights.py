@@ -25,7 +25,7 @@ def row_weights(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Te
     # In float32 from the start: half-precision products can overflow before they are scaled.
     grouped = (query.float() * scale).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     logits = (grouped @ key.float().transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
-    return logits.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1)
+    return logits.masked_fill_(~visible[:, None], -torch.inf).softmax(dim=-1)
 
 
 def last_rows_weights(inputs: PrefillInputs, rows: int) -> Tensor:

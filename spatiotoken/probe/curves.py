@@ -70,9 +70,9 @@ class Curves:
 _INTRODUCTION = """\
 # Accuracy on the probe
 
-Every preset, and every method of the stages `tokens` and `layers` at several budgets, on the probe models that come
-with the package: the first {limit} questions of the test split ({frames} frames of 64 x 64 pixels; {each} questions of
-each family). Made by
+Every preset, every method of the stages `tokens` and `layers` at several budgets, and sparse prefill, on the probe
+models that come with the package: the first {limit} questions of the test split ({frames} frames of 64 x 64 pixels;
+{each} questions of each family). Made by
 
     {command}
 
@@ -94,8 +94,8 @@ model's tells more. Run with {machine}; times are in [benchmarks.md](benchmarks.
 _SPARSE_HEAD = """\
 ### Sparse prefill
 
-At their presets' settings, which are for prompts of many thousand tokens, `attention` methods leave these prompts of a
-few hundred to dense attention. Here they have blocks of 8 tokens or so (`PROBE_SETTINGS` in
+With their presets, which are for prompts of many thousand tokens, `attention` methods leave these prompts of a few
+hundred to dense attention. Here they have blocks of 8 tokens or so (`PROBE_SETTINGS` in
 `spatiotoken/attention_benchmark.py`). *Density* is the share of the causal pairs that is computed, the mean over
 layers.
 """
@@ -111,6 +111,9 @@ nothing else. A letter has eight possible answers.
 def configs() -> dict[str, PatchConfig]:
     """By name: ``dense``, the other presets, each method at several budgets, and sparse prefill on short prompts."""
     known = presets()
+    # On prompts as short as these their presets leave everything to dense attention.
+    for name in METHODS["attention"].items():
+        del known[name]
     found = {"dense": known.pop("dense"), **{name: at_hand(config) for name, config in known.items()}}
     for stage in ("tokens", "layers"):
         for name, method in sorted(METHODS[stage].items().items()):
@@ -238,7 +241,7 @@ def _sparse_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
     yield _row(["---"] * len(titles))
     for run in runs:
         families = [_percent(run.families[family].accuracy) if family in run.families else "" for family in FAMILIES]
-        name = run.config.removesuffix(_SHORT)
+        name = f"`{run.config.removesuffix(_SHORT)}`" if run.config.endswith(_SHORT) else run.config
         yield _row([name, _percent(run.density), _percent(run.accuracy), _interval(run.interval), *families])
 
 
