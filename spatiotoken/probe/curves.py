@@ -91,6 +91,13 @@ model's tells more. Run with {machine}; times are in [benchmarks.md](benchmarks.
 """
 
 
+_HALF_HEAD = """\
+### Inside the language model, at half
+
+Of each `layers` method what comes closest to half of the visual tokens in the average decoder layer, beside the
+baselines, which leave out half before the model. *Beats random*: its accuracy is above that of `random`; "in doubt"
+where `random`'s lies in its interval.
+"""
 _SPARSE_HEAD = """\
 ### Sparse prefill
 
@@ -207,6 +214,8 @@ def write_page(
         sparse = [run for run in measured.runs if run.config.endswith(_SHORT)]
         others = [run for run in measured.runs if run not in sparse]
         parts.append(f"## {model}\n\n" + "\n".join(_table(others)) + "\n")
+        parts.append(_HALF_HEAD)
+        parts.append("\n".join(_half_table(others)) + "\n")
         parts.append(_SPARSE_HEAD)
         parts.append("\n".join(_sparse_table([others[0], *sparse])) + "\n")
         parts.append(_NEEDLE_HEAD.format(limit=_NEEDLES, candidates=CANDIDATES, kept=KEPT))
@@ -233,6 +242,30 @@ def _table(runs: Sequence[ProbeRun]) -> Iterable[str]:
                 _percent(run.evidence_recall),
             ]
         )
+
+
+def _half_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
+    titles = ["config", "retention", "accuracy", "interval", "evidence", "beats random"]
+    yield _row(titles)
+    yield _row(["---"] * len(titles))
+    known = {run.config: run for run in runs}
+    random = known["random-50"]
+    rows = [random, known["downsample-50"]]
+    for name in sorted(METHODS["layers"].items()):
+        own = [run for run in runs if run.config == name or run.config.startswith((f"{name}-", f"{name} "))]
+        # Presets may have a part before the language model too.
+        rows.append(min((run for run in own if run.config != name), key=lambda run: abs(run.retention - 0.5)))
+    for run in rows:
+        better = "" if run is random else "yes" if run.accuracy > random.accuracy else "no"
+        if better and run.interval[0] <= random.accuracy <= run.interval[1]:
+            better += ", in doubt"
+        cells = [
+            _percent(run.retention),
+            _percent(run.accuracy),
+            _interval(run.interval),
+            _percent(run.evidence_recall),
+        ]
+        yield _row([run.config, *cells, better])
 
 
 def _sparse_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
