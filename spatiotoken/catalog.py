@@ -83,6 +83,7 @@ def methods_page() -> str:
         lines += [f"\n### {kind.capitalize()}\n", _FRAME_TABLE_HEAD]
         lines += [_frame_row(method) for method in selectors if method.kind == kind]
     lines.append(_REDUCERS_HEAD)
+    known = presets()
     reducers = [
         method
         for stage in ("tokens", "layers")
@@ -91,7 +92,7 @@ def methods_page() -> str:
     ]
     for kind in _KINDS:
         lines += [f"\n### {kind.capitalize()}\n", _TABLE_HEAD]
-        lines += [_row(method) for method in reducers if method.kind == kind]
+        lines += [_row(method, known[method.name].images is not False) for method in reducers if method.kind == kind]
     lines.append(_ATTENTION_HEAD)
     sparse = [method for _, method in sorted(METHODS["attention"].items().items()) if issubclass(method, SparsePrefill)]
     for kind in _ATTENTION_KINDS:
@@ -185,14 +186,14 @@ def _parameters(method: type[Method], others: set[str]) -> str:
     return ", ".join(f"`{key}` {field.get_default()}" for key, field in fields.items()) or "–"
 
 
-def _row(method: type[TokenReducer] | type[LayerReducer]) -> str:
+def _row(method: type[TokenReducer] | type[LayerReducer], images: bool) -> str:
     cells = [
         f"`{method.name}`",
         _link(method.paper),
         "merged" if method.merges else "dropped",
         _parameters(method, {"positions"}),
         ", ".join(sorted(need.replace("_", " ") for need in method.needs)) or "nothing",
-        "yes" if presets()[method.name].images else "–",
+        "yes" if images else "–",
         method.complexity,
         method.fidelity,
     ]

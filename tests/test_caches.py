@@ -393,7 +393,8 @@ def test_accelerate_dispatch(families: dict[str, Family]) -> None:
         expected = family.logits(inputs)
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     with patched(model, config), torch.inference_mode():
-        assert torch.equal(model(**inputs).logits, expected)
+        # Of another copy in memory: products of matrices that lie elsewhere may be rounded otherwise.
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     patch_model(model, config)
     remove_hook_from_module(model.model.language_model)  # takes our forward away with accelerate's
     with pytest.raises(UndoError, match="TextModel.forward was replaced after patch_model"):

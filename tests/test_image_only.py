@@ -29,7 +29,7 @@ def methods(table: dict[tuple[str, str], dict[str, Any]]) -> list[Any]:
         pytest.param(
             load_config({"images": "frames", stage: {"method": method, **settings}}),
             id=f"{stage}-{method}",
-            marks=[pytest.mark.slow] if stage == "tokens" and method not in few else [],
+            marks=[pytest.mark.slow] if method not in few else [],
         )
         for (stage, method), settings in table.items()
         if stage != "frames"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from spatiotoken.catalog import methods_page, readme_methods, readme_presets
-from spatiotoken.config import presets
+from spatiotoken.config import PatchConfig, presets
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.probe import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
@@ -22,14 +23,14 @@ EVERY = [(stage, name) for stage in STAGES for name in METHODS[stage].items()]
 @pytest.mark.parametrize(("stage", "name"), EVERY)
 def test_every_method(stage: str, name: str) -> None:
     method = METHODS[stage].get(name)
-    assert presets()[name].methods()[stage].name == name, "needs a preset of its own name"
+    assert known_presets()[name].methods()[stage].name == name, "needs a preset of its own name"
     assert (stage, name) in KEEP_ALL and (stage, name) in REDUCED, "needs a row in tests/cases.py"
     assert f"| `{name}` | {stage} |" in readme(), "needs a line in README"
     assert method.__module__ == f"spatiotoken.{stage}.{name}", "one method, one file"
     assert method.summary() and len(Path(ROOT, "spatiotoken", stage, f"{name}.py").read_text().splitlines()) <= 150
     assert all(field.description for field in method.model_fields.values()), "parameters are described"
     assert method.kind and method.complexity and method.fidelity, "docs/methods.md tells of them"
-    assert f"| `{name}` |" in methods_page(), f"{method.kind!r} is no kind that docs/methods.md has"
+    assert f"| `{name}` |" in methods_table(), f"{method.kind!r} is no kind that docs/methods.md has"
     if method.paper:
         assert re.fullmatch(r"\d{4}\.\d{5}", method.paper) and method.paper in (method.__doc__ or "")
 
@@ -59,5 +60,16 @@ def test_probe_page_has_every_preset() -> None:
         assert page.count(f"| `{name}` |") == tables * len(PROBE_MODEL_TYPES), f"{name}: run `make probe`"
 
 
+@cache
+def known_presets() -> dict[str, PatchConfig]:
+    return presets()
+
+
+@cache
+def methods_table() -> str:
+    return methods_page()
+
+
+@cache
 def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")

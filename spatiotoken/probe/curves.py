@@ -254,7 +254,9 @@ def _half_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
     for name in sorted(METHODS["layers"].items()):
         own = [run for run in runs if run.config == name or run.config.startswith((f"{name}-", f"{name} "))]
         # Presets may have a part before the language model too.
-        rows.append(min((run for run in own if run.config != name), key=lambda run: abs(run.retention - 0.5)))
+        own = [run for run in own if run.config != name]
+        if own:
+            rows.append(min(own, key=lambda run: abs(run.retention - 0.5)))
     for run in rows:
         better = "" if run is random else "yes" if run.accuracy > random.accuracy else "no"
         if better and run.interval[0] <= random.accuracy <= run.interval[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.probe.scenes import FAMILIES
 
 PROBE_KEYS = {
+    "density",
     "config",
     "accuracy",
     "interval",
@@ -79,7 +81,7 @@ def test_budget_counts_every_layer() -> None:
     questions = list(examples("test", 7))
     tallies = ask(model, processor, {"fastv": load_config("fastv"), "light": load_config("light")}, questions)
     assert tallies["fastv"].visual_kept == tallies["fastv"].visual  # all enter the language model
-    assert tallies["fastv"].retention == pytest.approx((2 + 4 * 0.5) / 6)
+    assert tallies["fastv"].retention == pytest.approx((1 + 5 * 0.5) / 6)
     assert tallies["light"].retention == pytest.approx(0.5 * (3 + 3 * 0.75) / 6)
 
 
@@ -210,6 +212,7 @@ def test_bad_usage(args: list[str], culprits: list[str]) -> None:
 def test_page(tmp_path: Path) -> None:
     model, processor = load_probe_model("qwen2_5_vl")
     configs = {"dense": load_config("dense"), "evs": load_config("evs"), "random-50": at_retention("random", 0.5)}
+    configs |= {"downsample-50": at_retention("downsample", 0.5), "fastv-50": load_config("fastv-50")}
     tallies = ask(model, processor, configs, islice(examples("test", 7), 7))
     runs = [tally.run(name) for name, tally in tallies.items()]
     needles = find_needles({name: selectors()[name] for name in ("uniform", "dpp")}, 8, model, processor)
@@ -217,5 +220,6 @@ def test_page(tmp_path: Path) -> None:
     page = write_page(curves, tmp_path, limit=7, num_frames=16, command="spatiotoken probe --all", machine="here")
     text = page.read_text()
     assert "| `dpp` | pixels | 8.0 | 100.0 |" in text and "| `uniform` | – | 8.0 |" in text
+    assert re.search(r"\| fastv-50 \| 58\.3 \|.*\| (yes|no)", text)
     assert "| `evs` | 32 | 25.0 |" in text and "## qwen2_5_vl" in text and "![" in text
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")

@@ -56,6 +56,11 @@ def tokens_of(grid: Grid) -> int:
     return grid[0] * grid[1] * grid[2]
 
 
+def _thumbnail(method: Any, grid: Grid) -> int:
+    """Tokens of the frame that is a thumbnail, and stays whole beside the budget."""
+    return grid[1] * grid[2] if method.thumbnail != "none" and grid[0] > 1 else 0
+
+
 COUNTS: dict[str, Callable[[Any, Grid], int | None]] = {
     "aim": lambda m, g: g[0] * aim_count(g[1] * g[2], m.retention),
     "aot": lambda m, g: aot_count(g, m.retention, m.keep, m.clips),
@@ -92,6 +97,7 @@ BOUNDS: dict[str, Callable[[Any, Grid], float]] = {
     "flashvid": lambda m, g: g[0] * sum(flashvid_budget(g[1] * g[2], m.retention, m.selected)) + g[0] - 1,
     # Rounded up frame by frame, to the nearest in each window of at least two frames.
     "holitom": lambda m, g: tokens_of(g) * m.retention + 1.25 * g[0],
+    "ts_llava_tokens": lambda m, g: _thumbnail(m, g) + max(1, (tokens_of(g) - _thumbnail(m, g)) * m.retention),
     # The first frame is whole.
     "dtd": lambda m, g: (
         tokens_of(g) if m.retention is None else g[1] * g[2] + (g[0] - 1) * (g[1] * g[2] * m.retention + 1)
