@@ -91,8 +91,8 @@ def test_frozen_answers(model_type: str) -> None:
     assert sum(a == b for a, b in zip(now, then, strict=True)) >= ANSWERS - 2
 
 
-# In parts, so that several processes share the work evenly. By default each method is measured on one of the models, but
-# for sparse prefill, which other tests hold to exact patterns.
+# In parts, so that several processes share the work evenly. By default each method is measured on one of the models,
+# and sparse prefill, which other tests hold to exact patterns, on none.
 @pytest.mark.parametrize(
     ("model_type", "part"),
     [
