@@ -90,7 +90,7 @@ class Family:
         finally:
             self.processor.tokenizer.padding_side = "left"
 
-    def generate(self, inputs: dict[str, Tensor], new: int = 6, **kwargs: Any) -> Any:
+    def generate(self, inputs: dict[str, Tensor], new: int = 4, **kwargs: Any) -> Any:
         return self.model.generate(
             **inputs,
             max_new_tokens=new,
