@@ -143,7 +143,7 @@ def test_cache_after_unpatching(family: Family, config: Any) -> None:
     batch = family.inputs(short, ["Describe", ("video", "nasa", 8), "the scene."])
     for inputs, padded in ((family.inputs(short), False), (batch, True)):
         with patched(family.model, config):
-            first = family.generate(inputs)
+            first = family.generate(inputs, new=6)
             expected = family.generate(inputs, new=7)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(first.sequences), 6, dtype=torch.long)], dim=1)
         again = {"input_ids": first.sequences, "attention_mask": mask}

@@ -126,7 +126,8 @@ class SparsePrefill(Method):
         if density >= 1:
             return _DENSE
         backend = best_backend(parts[0].query) if self.backend == "auto" else self.backend
-        if self.backend == "auto" and predicted_time(backend, density) > WORTH_IT:
+        shared = all(part.pattern.blocks.shape[1] * inputs.groups <= heads for part in parts)
+        if self.backend == "auto" and predicted_time(backend, density, shared) > WORTH_IT:
             return _DENSE
         output = torch.zeros_like(inputs.query)
         for part in parts:

@@ -93,13 +93,17 @@ def best_backend(query: Tensor) -> str:
     return "triton" if query.shape[-1] <= MAX_HEAD_DIM else "gather"
 
 
-def predicted_time(backend: str, density: float) -> float:
+def predicted_time(backend: str, density: float, shared: bool) -> float:
     """Time of sparse attention as a share of dense causal attention, without the estimate of the pattern.
 
-    A line through what ``scripts/benchmark.py --suite attention`` measured on a CPU at 10 to 50 % (docs/benchmarks.md);
-    for ``triton``, which no GPU has timed yet, and ``reference``, which is for tests, it is the density alone.
+    Lines through what ``scripts/benchmark.py --suite attention`` measured on a CPU (docs/benchmarks.md). It is the
+    density alone for ``triton``, which no GPU has timed yet, and for ``reference``, which is for tests.
+
+    Args:
+        shared: heads on one key head have one pattern, so that its keys are gathered once for all of them.
     """
-    fixed, slope = {"gather": (0.08, 1.05), "flex": (0.11, 1.2)}.get(backend, (0.0, 1.0))
+    lines = {"gather": (0.05, 1.15 if shared else 1.5), "flex": (0.1, 1.25)}
+    fixed, slope = lines.get(backend, (0.0, 1.0))
     return fixed + slope * density
 
 
