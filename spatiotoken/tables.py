@@ -9,6 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from spatiotoken.answer import Answer
     from spatiotoken.probe.evaluate import ProbeResult, ProbeRun
+    from spatiotoken.report import ForwardReport
     from spatiotoken.video import Selection
 
 
@@ -23,6 +24,8 @@ def report_table(answer: Answer, config: str) -> Table:
     table.add_row("prompt, its visual tokens reduced", str(prompt), str(kept), f"{report.prefill_ms:.1f}")
     table.add_row("decoding", "", str(report.decode_steps), f"{report.decode_ms:.1f}")
     table.caption = f"{len(answer.frame_indices)} frames seen, peak memory {report.peak_memory_bytes / 2**20:.0f} MiB"
+    if report.attention:
+        table.caption += f"; attention pairs computed: {_computed(report)}"
     return table
 
 
@@ -41,6 +44,13 @@ def selection_table(selection: Selection, config: str) -> Table:
     return table
 
 
+def _computed(report: ForwardReport) -> str:
+    """Share of the causal pairs, the mean over layers, and what computed it."""
+    density = sum(entry.density for entry in report.attention) / len(report.attention)
+    kernels = ", ".join(sorted({name for entry in report.attention for name in entry.backends}))
+    return f"{density:.0%} ({kernels})"
+
+
 def comparison_table(before: Answer, after: Answer, config: str) -> Table:
     """The same question, unpatched and patched."""
     table = Table("", "unpatched", config)
@@ -50,6 +60,8 @@ def comparison_table(before: Answer, after: Answer, config: str) -> Table:
     table.add_row("into the language model", *(str(report.visual_kept) for report in reports))
     last = [str(report.layer_tokens[-1] - report.text_tokens) for report in reports]
     table.add_row("in its last layer", *last)
+    if after.report.attention:
+        table.add_row("attention pairs computed", "100%", _computed(after.report))
     table.add_row("prefill, ms", *(f"{report.prefill_ms:.1f}" for report in reports))
     table.add_row("decoding, ms", *(f"{report.decode_ms:.1f}" for report in reports))
     return table

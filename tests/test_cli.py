@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,14 @@ def test_show() -> None:
     args = ("show", "balanced", "--set", "tokens.retention=0.1", "--set", "layers=null")
     assert yaml.safe_load(invoke(*args).stdout) == expected
     assert json.loads(invoke(*args, "--json").stdout) == expected
+
+
+def test_run_says_how_much_attention_was_computed(model: Path) -> None:
+    settings = ("window=16", "columns=4", "sink=2", "block=4")
+    args = [part for setting in settings for part in ("--set", f"attention.{setting}")]
+    common = ("--model", str(model), "--video", PANCAKE, "--question", "Why?", "--config", "sliding_vertical")
+    assert re.search(r"attention pairs\s+computed:\s+\d+%\s+\(gather\)", invoke("run", *common, *args).stdout)
+    assert re.search(r"attention pairs\s+computed:\s+100%\s+\(dense\)", invoke("run", *common).stdout)
 
 
 def test_show_says_between_which_layers(model: Path, tmp_path: Path) -> None:
