@@ -203,6 +203,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
         "similarity": [-1, -1],
         "stride": 2,
         "block": 4,
+        "backend": "gather",
     },
     ("attention", "sampleattention"): {"alpha": 0.3, "rows": 0.2, "window": 0.1, "sink": 1, "block": 4},
     ("attention", "seerattention"): {"sparsity_method": "nz_ratio", "nz_ratio": 0.3, "block": 4},
