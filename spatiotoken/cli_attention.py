@@ -76,6 +76,8 @@ def attn(
         prompt = _prompt(loaded, processor, video, question, num_frames)
         with bad_input(PromptTooLongError), status("looking at the layers"):
             observed(loaded, prompt, visit, config=resolved, processor=processor)
+        if not layers:
+            raise USAGE_ERROR(f"model {model!r} has no layer with full attention to look at")
         if out is not None:
             _save_maps(layers, out)
     if as_json:
@@ -111,7 +113,8 @@ def calibrate(
             method_with_heads(resolved)
         loaded, processor = _load(model, dtype, device, resolved)
         prompts = (_prompt(loaded, processor, path, question, num_frames) for path in video)
-        found = calibrated(loaded, prompts, resolved, density=density, processor=processor)
+        with bad_input(ValueError):
+            found = calibrated(loaded, prompts, resolved, density=density, processor=processor)
     try:
         out.write_text(found.to_yaml(), encoding="utf-8")
     except OSError as error:

@@ -35,10 +35,12 @@ class AttentionReport:
     """Attention of one decoder layer in the last prefill.
 
     Attributes:
+        layer: its index.
         density: share of the causal (query, key) pairs that was computed, over the batch.
         backends: what ran, by name; "dense" is the model's own attention, where next to nothing would have been saved.
     """
 
+    layer: int
     density: float
     backends: tuple[str, ...]
 
@@ -62,8 +64,8 @@ class ForwardReport:
         layer_tokens: how many tokens entered each decoder layer.
         seen: for each sample and each of its video tokens (newlines included), whether the last decoder layer still had
             it, itself or merged into another; None if nothing was reduced, or if the prompt came in chunks.
-        attention: what each decoder layer attended; empty without a method in the stage ``attention``, or where it had
-            nothing to do.
+        attention: of the decoder layers that a method of the stage ``attention`` was asked for; none without one, and
+            where prompts come in ways that it leaves to the model.
     """
 
     prompt_tokens: int
@@ -151,8 +153,8 @@ class Recorder:
             prefill_ms=self.milliseconds("encode") + self.milliseconds("prefill"),
             decode_ms=self.milliseconds("decode"),
             decode_steps=self.decode_steps,
-            prefill_flops=_flops(layers, layer_lengths, [entry.density for entry in attention]),
-            prefill_flops_dense=_flops(layers, dense_lengths, []),
+            prefill_flops=_flops(layers, layer_lengths, {entry.layer: entry.density for entry in attention}),
+            prefill_flops_dense=_flops(layers, dense_lengths, {}),
             peak_memory_bytes=peak_memory_bytes(self.device),
             frames=self.frames,
             layer_tokens=tuple(sum(lengths) for lengths in layer_lengths),
@@ -162,10 +164,10 @@ class Recorder:
 
     def _attention(self) -> tuple[AttentionReport, ...]:
         reports = []
-        for _, rows in sorted(self._attended.items()):
+        for layer, rows in sorted(self._attended.items()):
             computed = sum(pairs * density for pairs, density, _ in rows)
             backends = tuple(sorted({backend for *_, backend in rows}))
-            reports.append(AttentionReport(computed / sum(pairs for pairs, *_ in rows), backends))
+            reports.append(AttentionReport(layer, computed / sum(pairs for pairs, *_ in rows), backends))
         return tuple(reports)
 
     def _seen(self) -> tuple[tuple[bool, ...], ...] | None:
@@ -224,17 +226,17 @@ class _Span:
         return event
 
 
-def _flops(layers: nn.ModuleList, lengths: list[list[int]], densities: list[float]) -> float:
+def _flops(layers: nn.ModuleList, lengths: list[list[int]], densities: dict[int, float]) -> float:
     """Multiply-adds counted as two, of the weights and of causal attention; embeddings and norms left out.
 
     Args:
-        densities: share of the pairs that attention computes in each layer; none for all of them.
+        densities: share of the pairs that attention computes, by layer; all of them where it is not told.
     """
     total = 0.0
-    for layer, samples, density in zip(layers, lengths, densities or [1.0] * len(layers), strict=True):
+    for index, (layer, samples) in enumerate(zip(layers, lengths, strict=True)):
         weights = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
         width: int = layer.get_submodule("self_attn.o_proj").in_features  # type: ignore[assignment]
         for n in samples:
             # Scores and weighted values, half of the square each: 2 products x 2 x n^2 / 2 x width.
-            total += 2.0 * weights * n + 2.0 * n * n * width * density
+            total += 2.0 * weights * n + 2.0 * n * n * width * densities.get(index, 1.0)
     return total

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from spatiotoken.sequence import Rows
 
 
+@dataclass(frozen=True)
+class RealRows:
+    """What an attention mask says of ``length`` keys: the number of each sample that has any, and its real rows."""
+
+    mask: Any
+    length: int
+    rows: list[tuple[int, slice]]
+
+
 @dataclass
 class Forward:
     """What the wrapped parts of a model tell each other during one pass.
@@ -35,7 +44,7 @@ class Forward:
         coordinates: ``[B, L, 4]`` where each visual token lies; None unless a stage inside the model asks.
         memory: what the ``layers`` method wants to know of its earlier layers, by sample.
         absorbed: sample, tokens and survivors of each merge between layers, as rows of the original prompt.
-        real_rows: the attention mask at hand, and of each sample that has any its number and which rows are no padding.
+        real_rows: which rows are no padding, as sparse prefill last read it off an attention mask.
         scored: input and position embeddings of the layer whose attention ranks the tokens.
         pictures: ``[B, L]`` True at all visual tokens of the prompt, droppable or not; None without new pictures.
         observed: by decoder layer ``[B, parts, K]`` what the ``layers`` method noted of each row.
@@ -59,7 +68,7 @@ class Forward:
     coordinates: Tensor | None = None
     memory: dict[int, Any] = field(default_factory=dict)
     absorbed: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    real_rows: tuple[Any, list[tuple[int, slice]]] | None = None
+    real_rows: RealRows | None = None
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
     observed: dict[int, Tensor] = field(default_factory=dict)
 

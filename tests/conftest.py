@@ -123,33 +123,38 @@ def families(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Video]) 
     return loaded
 
 
+def lent(family: Family) -> Iterator[Family]:
+    """The family for one test, after which its model has to be what the next test expects."""
+
+    def weights() -> list[tuple[int, int]]:
+        tensors = [*family.model.parameters(), *family.model.buffers()]
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    before = weights()
+    yield family
+    unpatch_model(family.model)
+    assert weights() == before, "the test changed a model that all tests share; it should use family.fresh()"
+
+
 @pytest.fixture(params=[name for name in TINY_MODEL_TYPES if name.startswith("llava")])
 def llava(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family without M-RoPE, whose parts of a prompt can be run one after the other by plain forwards."""
-    chosen = families[request.param]
-    yield chosen
-    unpatch_model(chosen.model)
+    yield from lent(families[request.param])
 
 
 @pytest.fixture(params=[name for name in TINY_MODEL_TYPES if name.startswith("qwen")])
 def qwen(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family with M-RoPE, whose tower takes pictures of any size."""
-    chosen = families[request.param]
-    yield chosen
-    unpatch_model(chosen.model)
+    yield from lent(families[request.param])
 
 
 @pytest.fixture(params=TINY_IMAGE_MODEL_TYPES)
 def image_family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family that takes images only."""
-    chosen = families[request.param]
-    yield chosen
-    unpatch_model(chosen.model)
+    yield from lent(families[request.param])
 
 
 @pytest.fixture(params=TINY_MODEL_TYPES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Iterator[Family]:
     """Each family that takes videos in turn; its model is left unpatched."""
-    chosen = families[request.param]
-    yield chosen
-    unpatch_model(chosen.model)
+    yield from lent(families[request.param])

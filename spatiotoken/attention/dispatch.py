@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spatiotoken.attention.base import PrefillInputs, SparsePrefill
 from spatiotoken.attention.kernels.pattern import Valid, row_slices
-from spatiotoken.state import ACTIVE, Forward
+from spatiotoken.state import ACTIVE, Forward, RealRows
 
 SLOT = "_spatiotoken_attention"
 """Attribute of an attention module that holds its ``SparseAttention``."""
@@ -83,11 +83,13 @@ def sparse_attention(
     if forward is None or forward.custom_mask or partial:
         return own()
     with forward.recorder.span("attention"):
-        # Layers share their mask, so that the wait for what it says is not for each layer.
-        if forward.real_rows is None or forward.real_rows[0] is not attention_mask:
+        # Layers of one length share their mask, so that the wait for what it says is not for each layer.
+        known = forward.real_rows
+        if known is None or known.mask is not attention_mask or known.length != key.shape[2]:
             valid = row_bounds_of(attention_mask, key.shape[2])
-            forward.real_rows = attention_mask, [(row, real) for row, real, _ in row_slices(query, key, valid)]
-        rows = forward.real_rows[1]
+            known = RealRows(attention_mask, key.shape[2], [row[:2] for row in row_slices(query, key, valid)])
+            forward.real_rows = known
+        rows = known.rows
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         attended = [
             patch.method.attend(

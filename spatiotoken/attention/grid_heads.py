@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spatiotoken.attention.base import PrefillInputs
-from spatiotoken.attention.blocks import largest, num_blocks
+from spatiotoken.attention.blocks import as_columns, largest, num_blocks
 from spatiotoken.attention.head_patterns import (
     a_shape_blocks,
     along_diagonals,
-    chosen_columns,
     crossing_ranks,
     head_weights,
     line_masses,
@@ -108,7 +107,7 @@ def equal_candidates(
     near = a_shape_blocks(count, sink, budget, block, device)
     vertical, slash = line_masses(inputs, last_queries, range(heads))
     most = max(sink, budget // 2)
-    stripes = chosen_columns(line_ranks(vertical, sink) < most, most)
+    stripes = as_columns(line_ranks(vertical, sink) < most, most)
     crossing = crossing_ranks(line_ranks(slash, local), block).neg()
     # At least what the forced distances cross, which come first.
     diagonals = max(num_blocks(local - 1, block) + 1, num_blocks(budget // 2, block))

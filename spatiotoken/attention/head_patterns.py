@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spatiotoken.attention.base import PrefillInputs
-from spatiotoken.attention.blocks import causal_blocks, largest, num_blocks, per_head, pooled, window_blocks
+from spatiotoken.attention.blocks import as_columns, causal_blocks, largest, num_blocks, per_head, pooled, window_blocks
 from spatiotoken.attention.kernels import SparsePattern
 from spatiotoken.attention.kernels.pattern import seen_keys
 from spatiotoken.attention.weights import last_rows_weights
@@ -60,13 +60,6 @@ def line_ranks(mass: Tensor, forced: int) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def chosen_columns(taken: Tensor, most: int) -> Tensor:
-    """``[heads, min(most, L)]`` the places that are ``taken [heads, L]``, rising, then -1."""
-    length = taken.shape[-1]
-    place = torch.arange(length, device=taken.device).where(taken, length).sort(dim=-1).values[:, :most]
-    return place.where(place < length, -1)
-
-
 def crossing_ranks(ranks: Tensor, block: int) -> Tensor:
     """``[heads, n]`` lowest rank of the slashes that cross the blocks at each distance, of ``ranks [heads, L]``."""
     length, count = ranks.shape[-1], num_blocks(ranks.shape[-1], block)
@@ -106,7 +99,7 @@ def head_pattern(
         # All that is forced is taken, whatever the sizes.
         ranked, far = line_ranks(vertical, sink), line_ranks(slash, local)
         taken = ranked < sizes[:, :1].clamp(min=sink)
-        stripes = chosen_columns(taken, max(sink, *(heads[number][1][0] for number in lines)))
+        stripes = as_columns(taken, max(sink, *(heads[number][1][0] for number in lines)))
         columns = stripes.new_full((len(heads), stripes.shape[1]), -1)
         columns[lines] = stripes
         blocks[lines] = along_diagonals(crossing_ranks(far, block) < sizes[:, 1:].clamp(min=local))

@@ -12,7 +12,7 @@ from spatiotoken.attention.base import PrefillInputs
 from spatiotoken.attention.blocks import num_blocks
 from spatiotoken.attention.head_patterns import Head, parse_head, seen_by
 from spatiotoken.attention.minference import MInference
-from spatiotoken.attention.weights import row_weights
+from spatiotoken.attention.weights import row_weights, spread_rows
 
 ROWS = 128
 """Query rows that stand for all of them."""
@@ -22,12 +22,6 @@ SINK = 128
 """Most keys of the sink of an A-shape head."""
 AUTHORS = MInference.model_validate({})
 """Their block, rows and forced lines."""
-
-
-def spread_rows(length: int, rows: int, device: torch.device) -> Tensor:
-    """``[min(rows, length)]`` rising places, evenly spread, the last among them."""
-    rows = min(rows, length)
-    return torch.arange(1, rows + 1, device=device) * length // rows - 1
 
 
 def output_error(inputs: PrefillInputs, seen: Tensor, rows: Tensor) -> Tensor:
@@ -60,7 +54,7 @@ def best_heads(
         method: with the sizes that are the same for all heads, such as the block.
         rows: evenly spread queries that are compared.
     """
-    places = spread_rows(inputs.length, rows, inputs.query.device)
+    places = spread_rows(min(rows, inputs.length), inputs.length, inputs.query.device)
     errors = []
     for one in candidates:
         pattern = method.pattern_of(inputs, [parse_head(text) for text in one])
@@ -86,7 +80,7 @@ def equal_cost(
     the density, or 1 if none is.
     """
     length, heads = inputs.length, inputs.query.shape[0]
-    places = spread_rows(length, rows, inputs.query.device)
+    places = spread_rows(min(rows, length), length, inputs.query.device)
 
     def fitted(most: int, head: Callable[[int], Head]) -> tuple[str, ...]:
         low, high = [1] * heads, [most] * heads

@@ -13,7 +13,7 @@ from torch import Tensor
 from spatiotoken.attention.base import BlockPattern, PrefillInputs
 from spatiotoken.attention.blocks import causal_blocks, largest, num_blocks, per_head, pooled
 from spatiotoken.attention.kernels import SparsePattern
-from spatiotoken.gates import load_gates
+from spatiotoken.gates import gate_tensors
 
 Gate = tuple[Tensor, Tensor | None]
 """Linear maps of one layer: of keys ``[kv_heads or heads, 3 d, hidden]``, of queries ``[heads, d, hidden]`` or none."""
@@ -26,9 +26,8 @@ def layer_gate(path: Path, inputs: PrefillInputs) -> Gate:
         ValueError: the file has none for the layer, or one of another shape.
     """
     (heads, _, dim), kv_heads = inputs.query.shape, len(inputs.key)
-    tensors = load_gates("seerattention", path, inputs.query.device)
     prefix = f"layers.{inputs.layer}.self_attn.attn_gate.mask_linear_"
-    found = {name.rpartition(prefix)[2]: x for name, x in tensors.items() if prefix in name}
+    found = gate_tensors("seerattention", path, prefix, inputs.query.device)
     key, query = found.get("k.weight"), found.get("q.weight")
     if key is None:
         raise ValueError(f"seerattention: {path} has no tensor {prefix}k.weight")

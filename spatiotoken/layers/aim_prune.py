@@ -11,11 +11,9 @@ from torch import Tensor
 
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_index
+from spatiotoken.layers.words import ROWS
 from spatiotoken.structures import LayerReduction, LayerTokens
 from spatiotoken.tokens.merging import top_indices
-
-_ROWS = 32
-"""Query rows whose attention is held at a time."""
 
 
 def aim_count(num_initial: int, layer: int, start: int, end: int, least: float) -> int:
@@ -42,7 +40,7 @@ def aim_importance(rows: Callable[[Tensor], Tensor], everyone: Tensor, temperatu
     length = everyone.shape[0]
     reached: list[Tensor] | None = None
     stop = length
-    for queries in reversed(everyone.split(_ROWS)):
+    for queries in reversed(everyone.split(ROWS)):
         # Weights to the power 1 / temperature are what the softmax at that temperature gives, up to a factor.
         chances = (rows(queries).float().log() / temperature).softmax(dim=-1)
         if reached is None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from spatiotoken.gates import load_gates
+from spatiotoken.gates import gate_tensors
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_indices
 from spatiotoken.layers.words import all_or_nothing, text_to_visual
@@ -28,9 +28,8 @@ def layer_gate(path: Path, layer: int, dim: int, device: torch.device) -> Gate:
     Raises:
         ValueError: the file has none for the layer, or one of another shape.
     """
-    tensors = load_gates("dyvte", path, device)
     prefix = f"visual_gates_router.{layer}."
-    found = {name.rpartition(prefix)[2]: x for name, x in tensors.items() if prefix in name}
+    found = gate_tensors("dyvte", path, prefix, device)
     first, second = found.get("w1.weight"), found.get("w2.weight")
     if first is None or second is None:
         raise ValueError(f"dyvte: {path} has no tensors {prefix}w1.weight and {prefix}w2.weight")

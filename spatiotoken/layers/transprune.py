@@ -9,12 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spatiotoken.layers.depth import LayerPlace
-from spatiotoken.layers.pyramiddrop import StagedPruner
+from spatiotoken.layers.staged import StagedPruner
+from spatiotoken.layers.words import ROWS, weights_of_words
 from spatiotoken.registry import Retention
 from spatiotoken.structures import LayerTokens
-
-_QUERIES = 32
-"""Query rows whose attention is held at a time."""
 
 
 def transition_weights(before: Tensor, after: Tensor) -> Tensor:
@@ -42,12 +40,13 @@ def transprune_scores(transition: Tensor, attention: Tensor) -> Tensor:
 
 def question_attention(tokens: LayerTokens) -> Tensor:
     """``[n]`` float32 attention in the layer that is about to be entered, the mean over heads and the question."""
-    assert tokens.weights is not None
-    places, text, asking = tokens.needed("places"), tokens.needed("text"), tokens.needed("asking")
+    places, asking = tokens.needed("places"), tokens.needed("asking")
     total = torch.zeros(places.shape[0], device=places.device)
-    for rows, asks in zip(text.split(_QUERIES), asking.split(_QUERIES), strict=True):
+    if not len(asking):
+        return total
+    for weights, asks in zip(weights_of_words(tokens, entering=True), asking.split(ROWS), strict=True):
         # Picking the rows that ask would make the host wait for a GPU.
-        total += (asks[:, None] * tokens.weights(rows, True)[..., places].mean(dim=0)).sum(dim=0)
+        total += (asks[:, None] * weights.mean(dim=0)).sum(dim=0)
     return total / asking.sum().clamp(min=1)
 
 

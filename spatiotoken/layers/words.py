@@ -13,12 +13,16 @@ ROWS = 32
 """Query rows whose attention is held at a time."""
 
 
-def weights_of_words(tokens: LayerTokens) -> Iterator[Tensor]:
-    """``[heads, <= 32, n]`` attention to the visual tokens in the layer before, of all words in their order."""
+def weights_of_words(tokens: LayerTokens, entering: bool = False) -> Iterator[Tensor]:
+    """``[heads, <= 32, n]`` attention to the visual tokens of all words in their order.
+
+    Args:
+        entering: in the layer that is about to be entered, instead of the one before.
+    """
     assert tokens.weights is not None
     places = tokens.needed("places")
     for rows in tokens.needed("text").split(ROWS):
-        yield tokens.weights(rows, False).index_select(2, places)
+        yield tokens.weights(rows, entering).index_select(2, places)
 
 
 def text_to_visual(tokens: LayerTokens) -> Tensor:

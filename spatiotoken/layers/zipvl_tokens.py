@@ -12,11 +12,9 @@ from spatiotoken.attention.weights import spread_rows
 from spatiotoken.attention.zipvl import important_tokens
 from spatiotoken.layers.base import LayerReducer
 from spatiotoken.layers.depth import LayerPlace, layer_index
+from spatiotoken.layers.words import ROWS
 from spatiotoken.structures import LayerReduction, LayerTokens
 from spatiotoken.tokens.merging import true_indices
-
-_ROWS = 32
-"""Query rows whose weights are held at a time."""
 
 
 def probe_rows(length: int, recent: int, spread: int, device: torch.device) -> Tensor:
@@ -79,7 +77,7 @@ class ZipVLTokens(LayerReducer, method="zipvl_tokens", paper="2410.08584"):
         places = tokens.needed("places")
         rows = probe_rows(tokens.length, self.recent, self.spread, places.device)
         mass = torch.zeros(tokens.length, device=places.device)
-        for some in rows.split(_ROWS):
+        for some in rows.split(ROWS):
             mass = mass + tokens.weights(some, True).float().sum(dim=(0, 1))
         probes = (rows[:, None] >= torch.arange(tokens.length, device=rows.device)).sum(dim=0)
         return LayerReduction(zipvl_selection(mass, probes, places, self.tau))

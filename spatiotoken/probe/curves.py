@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from spatiotoken.attention_benchmark import PROBE_SETTINGS
 from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import BASELINES, ProbeRun, ask, load_probe_model
 from spatiotoken.probe.keyframes import CANDIDATES, KEPT, KeyframeRun, at_hand, find_needles, selectors
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
 from spatiotoken.probe.scenes import FAMILIES
+from spatiotoken.probe.short_prompts import PROBE_SETTINGS
 from spatiotoken.registry import METHODS
 
 RETENTIONS = (0.5, 0.25, 0.15, 0.1)
@@ -103,7 +103,7 @@ _SPARSE_HEAD = """\
 
 With their presets, which are for prompts of many thousand tokens, `attention` methods leave these prompts of a few
 hundred to dense attention. Here they have blocks of 8 tokens or so (`PROBE_SETTINGS` in
-`spatiotoken/attention_benchmark.py`). *Density* is the share of the causal pairs that is computed, the mean over
+`spatiotoken/probe/short_prompts.py`). *Density* is the share of the causal pairs that is computed, the mean over
 layers.
 """
 _NEEDLE_HEAD = """\

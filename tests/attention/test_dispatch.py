@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spatiotoken import last_report, patched
-from spatiotoken.attention import PrefillInputs
+from spatiotoken.attention import PrefillInputs, dispatch
 from spatiotoken.attention.observe import observed
 from spatiotoken.config import PatchConfig, load_config
 from tests.cases import REDUCED, replayed
@@ -112,3 +112,43 @@ def test_a_batch_may_be_sparse_in_part(family: Family, side: str) -> None:
             real = batch["attention_mask"][row].bool()
             torch.testing.assert_close(together[row][real], alone, atol=2e-4, rtol=1e-4)
     assert {entry.backends for entry in report.attention} == {("dense", "gather")}
+
+
+def test_layers_that_the_method_is_not_asked_for(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer with a window of its own is left to the model: no entry of the report, and all of its arithmetic."""
+    inputs = family.inputs(PROMPT)
+    own = dispatch.sparse_attention
+
+    def windowed(module: Any, *args: Any, **kwargs: Any) -> Any:
+        slides = module.layer_idx == 1
+        return own(module, *args, **({**kwargs, "sliding_window": 10_000} if slides else kwargs))
+
+    flops = []
+    for function in (own, windowed):
+        monkeypatch.setattr(dispatch, "sparse_attention", function)
+        with patched(family.model, config("powerattention")):
+            family.logits(inputs)
+            report = last_report(family.model)
+        flops.append(report.prefill_flops)
+    assert [entry.layer for entry in report.attention] == [0, 2, 3]
+    assert flops[0] < flops[1] < report.prefill_flops_dense
+
+
+def test_lengths_are_those_of_each_layer(family: Family) -> None:
+    """Also where no mask tells that a `layers` method has made the sequence shorter."""
+    lengths: list[int] = []
+
+    class Watched(type(config("powerattention").attention)):  # type: ignore[misc]
+        def attend(self, inputs: PrefillInputs) -> Any:
+            lengths.append(inputs.length)
+            return super().attend(inputs)
+
+    method = Watched(**REDUCED["attention", "powerattention"])
+    layers = load_config({"layers": STAGES["layers"]}).layers
+    with patched(family.model, PatchConfig(layers=layers, attention=method)):
+        family.logits(family.inputs(PROMPT))
+        forward_lengths = last_report(family.model).layer_tokens
+        recorder = family.model.__dict__["_spatiotoken"].recorder
+    assert tuple(lengths) == forward_lengths
+    pairs = [recorder._attended[layer][0][0] for layer in range(4)]
+    assert pairs == [length * (length + 1) // 2 for length in forward_lengths]

@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from spatiotoken.attention import PrefillInputs
+from spatiotoken.attention.blocks import as_columns
 from spatiotoken.attention.head_patterns import (
     along_diagonals,
-    chosen_columns,
     crossing_ranks,
     head_pattern,
     line_masses,
@@ -27,10 +27,10 @@ from spatiotoken.attention.head_search import (
     output_error,
     rounded,
     search_heads,
-    spread_rows,
 )
 from spatiotoken.attention.kernels.pattern import visible_pairs
 from spatiotoken.attention.minference import MInference
+from spatiotoken.attention.weights import spread_rows
 from tests.attention import attention_map, prefill_inputs
 from tests.vectors import cases
 
@@ -113,7 +113,7 @@ def test_slashes_cross_whole_blocks(block: int) -> None:
 
 def test_columns_are_rising_then_missing() -> None:
     taken = torch.tensor([[True, False, True, True], [False, False, False, True]])
-    assert chosen_columns(taken, 9).tolist() == [[0, 2, 3, -1], [3, -1, -1, -1]]
+    assert as_columns(taken, 9).tolist() == [[0, 2, 3, -1], [3, -1, -1, -1]]
 
 
 def test_every_head_has_its_own_pattern() -> None:
@@ -182,7 +182,7 @@ def test_search_finds_what_was_planted() -> None:
 
 def test_candidates_cost_the_same() -> None:
     inputs, method = prefill_inputs(400, heads=4, kv_heads=2, dim=8), MInference(**SMALL)
-    rows = spread_rows(400, 128, inputs.query.device)
+    rows = spread_rows(128, 400, inputs.query.device)
     found = equal_cost(inputs, 0.3, method=method)
     assert {parse_head(text)[0] for one in found for text in one} == {"vertical_slash", "a_shape", "block_sparse"}
     for one in found:
@@ -196,7 +196,7 @@ def test_candidates_cost_the_same() -> None:
 def test_output_error_is_of_the_real_output() -> None:
     inputs, method = prefill_inputs(60, dim=8), MInference(backend="reference", **SMALL)
     heads = [("a_shape", (4, 6))] * 4
-    rows = spread_rows(60, 7, inputs.query.device)
+    rows = spread_rows(7, 60, inputs.query.device)
     assert rows.tolist() == [7, 16, 24, 33, 41, 50, 59]
     found = output_error(inputs, seen_by(method.pattern_of(inputs, heads), rows, 60), rows)
     sparse = MInference(heads=(("a_shape:4:6",) * 4,), backend="reference", **SMALL).attend(inputs).output

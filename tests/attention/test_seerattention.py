@@ -60,12 +60,18 @@ def test_trained_gates(tmp_path: Path, query: tuple[int, ...] | None, key: tuple
     assert not torch.equal(blocks, method.model_copy(update={"weights": None}).pattern(inputs).blocks[0])
 
 
-def test_weights_of_each_layer_are_read_once(tmp_path: Path) -> None:
+def test_weights_of_each_layer_are_read_when_asked_for(tmp_path: Path) -> None:
+    """Nothing is kept behind the caller's back, so a file that was trained on is seen."""
     inputs = prefill_inputs(27, heads=4, kv_heads=2, dim=8)
     path = gate_file(tmp_path / "gates.safetensors", None, (4, 24, 8), layer=12)
     first = layer_gate(path, replace(inputs, layer=12))[0]
+    assert torch.equal(layer_gate(path, replace(inputs, layer=12))[0], first)
+    gate_file(path, None, (4, 24, 8), layer=2)
+    assert layer_gate(path, replace(inputs, layer=2))[0].shape == first.shape
     path.unlink()
-    assert layer_gate(path, replace(inputs, layer=12))[0] is first
+    with pytest.raises(FileNotFoundError, match="no file of gate weights"):
+        layer_gate(path, replace(inputs, layer=2))
+    gate_file(path, None, (4, 24, 8), layer=12)
     with pytest.raises(ValueError, match=r"no tensor layers\.2\.self_attn\.attn_gate\.mask_linear_k\.weight"):
         layer_gate(path, replace(inputs, layer=2))
 

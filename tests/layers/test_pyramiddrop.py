@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spatiotoken.layers.pyramiddrop import PyramidDrop, pyramiddrop_count, pyramiddrop_selection
+from spatiotoken.layers.pyramiddrop import PyramidDrop
+from spatiotoken.layers.staged import staged_count
 from spatiotoken.structures import LayerTokens
+from spatiotoken.tokens.merging import top_indices
 from tests.vectors import cases
 
 
@@ -44,7 +46,7 @@ def test_authors_results() -> None:
         places = torch.arange(start, start + count)
         weights = attention_of(tensors["in.q"], tensors["in.k"])
         method = PyramidDrop()
-        counts = [pyramiddrop_count(count, hyper["original_image_tokens"], share) for share in method.keep]
+        counts = [staged_count(count, hyper["original_image_tokens"], share) for share in method.keep]
         stage = counts.index(hyper["keep"])
         tokens = LayerTokens(
             method.prune_layers(32)[stage],
@@ -58,7 +60,7 @@ def test_authors_results() -> None:
         torch.testing.assert_close(scores, tensors["out.image_attn"], atol=1e-6, rtol=1e-5)
         reduction = method.reduce(tokens, None)
         assert torch.equal(places[reduction.kept], tensors["out.kept_abs"].long())
-        assert torch.equal(pyramiddrop_selection(scores, hyper["keep"]), reduction.kept)
+        assert torch.equal(top_indices(scores, hyper["keep"]), reduction.kept)
         stages.append(stage)
     assert stages == [0, 1]
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from spatiotoken import load_config
-from spatiotoken.attention_benchmark import PROBE_SETTINGS
 from spatiotoken.config import PatchConfig
 from spatiotoken.probe.dataset import examples
 from spatiotoken.probe.evaluate import ask, load_probe_model
 from spatiotoken.probe.keyframes import at_hand
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
+from spatiotoken.probe.short_prompts import PROBE_SETTINGS
 from spatiotoken.registry import METHODS
 
 PATH = Path(__file__).with_name("recorded.json")

@@ -96,8 +96,8 @@ def best_backend(query: Tensor) -> str:
 def predicted_time(backend: str, density: float, shared: bool) -> float:
     """Time of sparse attention as a share of dense causal attention, without the estimate of the pattern.
 
-    Lines through what ``scripts/benchmark.py --suite attention`` measured on a CPU (docs/benchmarks.md). It is the
-    density alone for ``triton``, which no GPU has timed yet, and for ``reference``, which is for tests.
+    Rough lines through what ``scripts/benchmark.py --suite attention`` measured on a CPU (docs/benchmarks.md). For
+    ``triton``, which no GPU has timed yet, and ``reference``, which is for tests, it is the density alone.
 
     Args:
         shared: heads on one key head have one pattern, so that its keys are gathered once for all of them.
