@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+LMMS := .venv-lmms
 
-.PHONY: setup demo test test-slow test-oldest record-probe probe methods lint typecheck format benchmark clean
+.PHONY: setup demo test test-slow test-evaluation test-lmms test-oldest record-probe probe methods lint typecheck format benchmark clean
 
 setup: $(VENV)/.done
 
@@ -35,6 +36,18 @@ test-oldest: setup
 		tests/layers/test_between.py tests/attention/test_dispatch.py tests/attention/test_observe.py \
 		tests/frames/test_encoders.py tests/frames/test_cache.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
 		-k "not test_methods_keep_their_accuracy and not test_frozen_answers"
+
+# Evaluations in several processes: killed ones, `accelerate launch` and Ray.
+test-evaluation: setup
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/evaluation/test_processes.py
+
+# lmms-eval with what importing it and running one local task needs; all of its own would bring an older PyAV.
+test-lmms: setup
+	test -d $(LMMS)/lmms_eval || $(BIN)/python -m pip install --quiet --no-deps --target $(LMMS) lmms-eval==0.7.3 \
+		aiohappyeyeballs aiohttp aiosignal chardet colorama DataProperty evaluate frozenlist loguru lxml mbstrdecoder \
+		multidict pathvalidate portalocker propcache pytablewriter pytz sacrebleu tabledata tabulate tcolorpy \
+		tenacity typepy yarl
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(BIN)/python -m pytest tests/evaluation/test_lmms_eval.py
 
 # What the probe models answer, as the tests expect it: after a change that is meant to change it. Review the diff.
 record-probe: setup

@@ -196,7 +196,7 @@ def answer_video(
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     report = last_report(model)
-    seen = _frames_seen(model, report, len(video.indices))
+    (seen,) = frames_seen(model, report, [len(video.indices)])
     return Answer(
         text=processor.tokenizer.decode(new_tokens, skip_special_tokens=True).strip(),
         report=report,
@@ -205,12 +205,18 @@ def answer_video(
     )
 
 
-def _frames_seen(model: PreTrainedModel, report: ForwardReport, frames: int) -> list[int]:
-    """Rows of the frames in the temporal units that the in-model ``frames`` stage kept."""
+def frames_seen(model: PreTrainedModel, report: ForwardReport, frames: Sequence[int]) -> list[list[int]]:
+    """Of each video the rows of its frames in the temporal units that the in-model ``frames`` stage kept.
+
+    Args:
+        frames: how many each video has.
+    """
     if report.frames is None:
-        return list(range(frames))
+        return [list(range(count)) for count in frames]
     adapter = find_adapter(model)
     # Processors fill the last unit by repeating a frame.
     size = adapter.frames_per_unit(adapter.core(model))
-    (units,) = report.frames
-    return [row for unit in units for row in range(unit * size, min((unit + 1) * size, frames))]
+    return [
+        [row for unit in units for row in range(unit * size, min((unit + 1) * size, count))]
+        for units, count in zip(report.frames, frames, strict=True)
+    ]

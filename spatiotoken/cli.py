@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from spatiotoken import __version__, cli_attention, tables
+from spatiotoken import __version__, cli_attention, cli_evaluation, tables
 from spatiotoken.cli_common import (
     DEFAULT_FRAMES,
     PROBE_MODEL,
@@ -47,6 +47,8 @@ app = typer.Typer(
 )
 app.command()(cli_attention.attn)
 app.command()(cli_attention.calibrate)
+app.command("eval")(cli_evaluation.evaluate)
+app.command()(cli_evaluation.datasets)
 
 
 def main() -> None:
@@ -173,7 +175,8 @@ def run(
             question = made.question
         inside = resolved  # what is left for the model to do
         with bad_input(ValueError, *video_errors()), status("reading the video"):
-            if made is None and num_frames is None and _selects_while_decoding(resolved):
+            chosen_in_file = resolved.frames is not None and resolved.frames.selects_while_decoding
+            if made is None and num_frames is None and chosen_in_file:
                 frames = load_video(
                     video,
                     selector=resolved.frames,
@@ -351,16 +354,6 @@ def _answer(
         patch_model(model, config, processor=processor)
     with bad_input(PromptError), status("generating the answer"):
         return answer_video(model, processor, video, question, max_new_tokens=max_new_tokens, timestamps=timestamps)
-
-
-def _selects_while_decoding(config: PatchConfig) -> bool:
-    """Frames of several sizes, and those that the model's own tower describes, are chosen inside the model."""
-    from spatiotoken.frames import ScoredSelector
-
-    method = config.frames
-    if method is None or method.kind == "several sizes":
-        return False
-    return not (isinstance(method, ScoredSelector) and method.scorer.kind == "tower")
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:

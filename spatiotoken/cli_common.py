@@ -94,21 +94,29 @@ def load(model: str, dtype_name: str, device_name: str) -> tuple[PreTrainedModel
 
 
 def resolve(config: str, settings: list[str] | None) -> PatchConfig:
-    import yaml
-
     from spatiotoken.config import ConfigError, load_config
 
-    overrides = {}
+    overrides = parse_settings(settings)
+    with bad_input(ConfigError):
+        return load_config(config, **overrides)
+
+
+def parse_settings(
+    settings: list[str] | None, flag: str = "--set", form: str = "STAGE.KEY=VALUE, such as tokens.retention=0.25"
+) -> dict[str, Any]:
+    """What ``KEY=VALUE`` says, the values read as YAML."""
+    import yaml
+
+    found = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not (key and equals):
-            raise USAGE_ERROR(f"--set {setting!r} is not STAGE.KEY=VALUE, such as tokens.retention=0.25")
+            raise USAGE_ERROR(f"{flag} {setting!r} is not {form}")
         try:
-            overrides[key] = yaml.safe_load(value)
+            found[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise USAGE_ERROR(f"--set {setting!r}: {value!r} is not a YAML value") from None
-    with bad_input(ConfigError):
-        return load_config(config, **overrides)
+            raise USAGE_ERROR(f"{flag} {setting!r}: {value!r} is not a YAML value") from None
+    return found
 
 
 @contextlib.contextmanager

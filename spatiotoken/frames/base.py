@@ -35,6 +35,11 @@ class FrameSelector(Method):
         "keep", description="position ids of what is left, inside a model: kept, or as if there were no other frames"
     )
 
+    @property
+    def selects_while_decoding(self) -> bool:
+        """Whether it can be used on files; frames of several sizes are made inside the model only."""
+        return self.kind != "several sizes"
+
     @abstractmethod
     def select(self, frames: Frames) -> FrameChoice:
         """The frames that are kept: ``num_frames`` at most, and all if there are no more than that."""
@@ -48,6 +53,11 @@ class ScoredSelector(FrameSelector):
     """
 
     scorer: Scorer = Field(Scorer(), description="by what frames are described, and compared with the question")
+
+    @property
+    def selects_while_decoding(self) -> bool:
+        """Not where the model's own tower describes the frames."""
+        return super().selects_while_decoding and self.scorer.kind != "tower"
 
     @field_validator("scorer", mode="before")
     @classmethod

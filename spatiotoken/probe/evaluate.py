@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from spatiotoken.answer import Dtype, load_model, prepare_batch
 from spatiotoken.config import PatchConfig, load_config
+from spatiotoken.evaluation.statistics import bootstrap_interval
 from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.patching import last_report, patched
 from spatiotoken.probe.dataset import Example, clip_metadata, examples
@@ -26,7 +27,6 @@ BASELINES = ("random", "downsample")
 PROBE_MARK = "spatiotoken_probe"
 """Key of a model's config that says it was trained on the probe, and needs no more than the question."""
 _BATCH = 24
-_RESAMPLES = 2000
 _SENTENCE_TOKENS = 16  # for models that may say more than one word
 
 
@@ -229,7 +229,8 @@ def ask(
         evidence = _evidence_tokens(model, inputs, batch)
         limits: dict[str, Any] = {"max_new_tokens": _SENTENCE_TOKENS}
         if not speaks_plainly:
-            limits = among_options(processor.tokenizer, batch, inputs["input_ids"].shape[1])
+            options = [example.options for example in batch]
+            limits = among_options(processor.tokenizer, options, inputs["input_ids"].shape[1])
         for name, config in configs.items():
             with patched(model, config):
                 output = model.generate(**inputs, **limits, do_sample=False)  # type: ignore[operator]
@@ -240,10 +241,15 @@ def ask(
     return tallies
 
 
-def among_options(tokenizer: Any, batch: Sequence[Example], prompt: int) -> dict[str, Any]:
-    """Arguments of ``generate`` by which an answer is one of the question's options, as in a multiple-choice test."""
+def among_options(tokenizer: Any, batch: Sequence[Sequence[str]], prompt: int) -> dict[str, Any]:
+    """Arguments of ``generate`` by which an answer is one of the question's options, as in a multiple-choice test.
+
+    Args:
+        batch: options of each question.
+        prompt: tokens before the answers.
+    """
     end = tokenizer.eos_token_id
-    options = [[[*tokenizer(option)["input_ids"], end] for option in example.options] for example in batch]
+    options = [[[*tokenizer(option)["input_ids"], end] for option in row] for row in batch]
 
     def allowed(row: int, ids: Tensor) -> list[int]:
         said = ids[prompt:].tolist()
@@ -263,15 +269,6 @@ def parse_answer(text: str, options: Sequence[str]) -> str | None:
     """The option that an answer names: the first in its text, whatever its case; None if it names none."""
     by_name = {option.lower(): option for option in options}
     return next((by_name[word] for word in re.findall(r"\w+", text.lower()) if word in by_name), None)
-
-
-def bootstrap_interval(values: Tensor) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``values [n]``; the same for the same values."""
-    generator = torch.Generator().manual_seed(0)
-    n = values.shape[0]
-    means = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(_RESAMPLES)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return low, high
 
 
 def _paired(mine: Tally, other: Tally) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _answers(model: PreTrainedModel, processor: Any, asked: list[Example], video
             inputs = prepare_batch(processor, [videos[row] for row in own], [e.question for e in batch], metadata)
             inputs = inputs.to(model.device, model.dtype)
             size = inputs["input_ids"].shape[1]
-            limits = among_options(processor.tokenizer, batch, size)
+            limits = among_options(processor.tokenizer, [example.options for example in batch], size)
             output = model.generate(**inputs, **limits, do_sample=False)  # type: ignore[operator]
             texts = processor.batch_decode(output[:, size:], skip_special_tokens=True)
             for row, text, example in zip(own, texts, batch, strict=True):

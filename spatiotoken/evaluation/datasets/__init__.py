@@ -1,0 +1,1 @@
+"""Video-QA datasets: one file each."""
