@@ -66,7 +66,12 @@ def evaluate(
         typer.Option(help="configs with a frames method choose in the file, among so many frames a second"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions that are asked together")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="only so many questions of each dataset")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="only so many questions of each dataset; where categories count alike, of all of them"
+        ),
+    ] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="ask only the I-th of N parts, from 0")] = "0/1",
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="ask again where a video could not be read")

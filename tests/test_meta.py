@@ -10,6 +10,7 @@ import pytest
 
 from spatiotoken.catalog import methods_page, readme_methods, readme_presets
 from spatiotoken.config import PatchConfig, presets
+from spatiotoken.evaluation.base import DATASETS
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.probe import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES
 from spatiotoken.probe.models import PROBE_MODEL_TYPES
@@ -73,3 +74,16 @@ def methods_table() -> str:
 @cache
 def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_dataset_is_documented() -> None:
+    """With where its annotations come from."""
+    (table,) = re.findall(r"\n\| name \| headline .*?\n\n", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    rows = [row.split("|") for row in table.strip().splitlines()[2:]]
+    told = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    built_in = {name: kind for name, kind in DATASETS.items().items() if kind.__module__.startswith("spatiotoken.")}
+    assert told.keys() == built_in.keys()
+    for name, kind in built_in.items():
+        assert kind.hub is None or f"`{kind.hub}`" in told[name][4], name
+        assert ("mean over" in told[name][2]) == (kind.macro is not None), name
+        assert all(field.description for field in kind.model_fields.values()) and kind.summary().endswith((".", "to"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,17 +205,26 @@ def _manifest(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _asked(dataset: VideoQA, limit: int | None) -> list[Question]:
-    questions: list[Question] = []
-    for question in dataset.questions():
-        if len(questions) == limit:
-            break
-        questions.append(question)
+    # Without categories that count alike, no more questions are made than are asked.
+    most = None if dataset.macro else limit
+    questions = list(itertools.islice(dataset.questions(), most))
     ids = {question.id for question in questions}
     if len(ids) < len(questions):
         raise DatasetError(f"{dataset.name} has {len(questions) - len(ids)} questions with the id of another one")
     if not questions:
         raise DatasetError(f"{dataset.name} has no questions")
-    return questions
+    return questions if most == limit else _evenly(questions, str(dataset.macro), limit)
+
+
+def _evenly(questions: Sequence[Question], kind: str, limit: int | None) -> list[Question]:
+    """The first ``limit`` if the groups of a kind take turns, in their old order."""
+    turns: Counter[str] = Counter()
+    ranks = []
+    for at, question in enumerate(questions):
+        group = question.groups.get(kind, "")
+        ranks.append((turns[group], at))
+        turns[group] += 1
+    return [questions[at] for at in sorted(at for _, at in sorted(ranks)[:limit])]
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,3 +250,14 @@ def test_configs_that_do_not_fit_are_refused_before_anything_is_asked(directory:
     plan = planned(directory, ("dense", "fastv"), overrides={"layers.layer": 40})
     with pytest.raises(ValueError, match="config 'fastv'"):
         Asker(plan, *loaded).check()
+
+
+def test_a_limit_is_spread_over_categories_that_count_alike() -> None:
+    """MVBench's first 200 questions are all of one task."""
+    assert toy.ByParity.macro == "parity"
+    plan = planned(Path("model"), ("dense",), "toy_by_parity", count=9, limit=4)
+    assert [question.id for question in plan.questions["toy_by_parity"]] == ["q0", "q1", "q6", "q7"]
+    everything = planned(Path("model"), ("dense",), "toy_by_parity", count=9)
+    assert len(everything.questions["toy_by_parity"]) == 9
+    plain = planned(Path("model"), ("dense",), count=9, limit=4)
+    assert [question.id for question in plain.questions["toy"]] == ["q0", "q1", "q2", "q3"]

@@ -46,14 +46,11 @@ class TestBootstrap:
         assert bootstrap_interval(values, ["a"] * 4) == (0.25, 0.25)
 
     def test_means_are_over_values_not_clusters(self) -> None:
-        # One right and nine wrong, or two clusters of the same: nothing between 0 and 1 but 1/10.
-        values = torch.tensor([1.0] + [0.0] * 9, dtype=torch.float64)
-        clusters = ["small"] + ["large"] * 9
-        draws = [torch.randint(2, (2,), generator=generator) for generator in [torch.Generator().manual_seed(0)]]
-        assert draws[0].shape == (2,)
-        assert bootstrap_interval(values, clusters) == (0.0, 1.0)
-        weights = torch.tensor([0.1] * 10, dtype=torch.float64)
-        assert bootstrap_interval(weights, clusters) == pytest.approx((0.1, 0.1))
+        # 39 clusters of one wrong answer and one of 39 right ones: drawn k times, that has 39k of 39k + 40 - k answers.
+        values = torch.tensor([1.0] * 39 + [0.0] * 39, dtype=torch.float64)
+        low, high = bootstrap_interval(values, ["large"] * 39 + [f"small {at}" for at in range(39)])
+        # It is drawn 3 times or less with a probability of 0.98, 2 times or less with one of 0.92.
+        assert (low, high) == (0.0, pytest.approx(117 / 154))
 
     def test_repeated_answers_are_no_evidence(self) -> None:
         """Ten questions about each video that all go like the first: the interval is that of the videos."""

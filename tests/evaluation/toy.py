@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ class Constrained(Toy, dataset="toy_constrained"):
     def limits(self, tokenizer: Any, questions: Sequence[Question], prompt_tokens: int) -> dict[str, Any]:
         word = tokenizer("abc", add_special_tokens=False)["input_ids"][:1]
         return {"max_new_tokens": 1, "prefix_allowed_tokens_fn": lambda row, ids: word}
+
+
+class ByParity(Toy, dataset="toy_by_parity"):
+    """Three even questions for each odd one, the even ones first; both count alike."""
+
+    macro = "parity"
+
+    def questions(self) -> Iterator[Question]:
+        for number, question in enumerate(super().questions()):
+            yield replace(question, groups={"parity": "odd" if number in (6, 7) else "even"})

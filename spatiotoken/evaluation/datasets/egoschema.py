@@ -19,7 +19,7 @@ class EgoSchema(MultipleChoice, dataset="egoschema"):
     ``aria``.
 
     Nothing is scored. What the authors' server takes is a JSON object from each question's id, which is its video's, to
-    the index of the option (A is 0, E is 4): in ``rows.jsonl``, ``parsed`` is its letter, null where none was said.
+    the index of the option (A is 0, E is 4): in a run's rows ``parsed`` is its letter, null where none was said.
     """
 
     hub: ClassVar[str | None] = "lmms-eval/egoschema"
