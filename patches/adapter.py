@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spatiotoken.attention.weights import row_weights
 from spatiotoken.registry import Registry
+from spatiotoken.undo import Undo
 
 _NO_VIDEOS = "{} does not say how videos are cut into frames"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -196,7 +197,18 @@ class ModelAdapter(ABC):
         """Put ``features``, as ``read`` gives them, into ``output`` in the form the model expects."""
         output.pooler_output = torch.split(features[0], sizes)
 
-    # -- inside the vision tower --
+    # -- the vision tower --
+
+    @abstractmethod
+    def fast_tower(self, core: Any, undo: Undo, *, read_within: bool) -> None:
+        """Have the tower run in fewer calls and less memory (``spatiotoken.vision.exact``).
+
+        Args:
+            read_within: methods look into the tower while it runs.
+
+        Raises:
+            ValueError: the tower's attention implementation is not one that is understood.
+        """
 
     @abstractmethod
     def tower_layers(self, core: Any) -> list[nn.Module]:

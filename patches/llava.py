@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from abc import abstractmethod
@@ -13,10 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, Segment, TowerStates
+from spatiotoken.undo import Undo
+from spatiotoken.vision.exact import in_parts, skipped
 
 
 class ClipTower(ModelAdapter):
     """Families whose vision tower is CLIP or SigLIP."""
+
+    def fast_tower(self, core: Any, undo: Undo, *, read_within: bool) -> None:
+        if read_within:
+            return  # what is read is of all frames, and may be of any layer
+        tower, read = core.vision_tower, core.config.vision_feature_layer
+        for layer in tower.encoder.layers[len(self.tower_layers(core)) :]:
+            undo.set(layer, "forward", skipped)
+        reads = (read,) if isinstance(read, int) else tuple(read)
+        undo.set(tower, "forward", functools.partial(in_parts, tower.forward, reads))
 
     def tower_layers(self, core: Any) -> list[nn.Module]:
         layers = list(core.vision_tower.encoder.layers)

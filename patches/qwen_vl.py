@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, TowerStates
+from spatiotoken.undo import Undo
+from spatiotoken.vision.exact import SLOT, PackedTower, register_packed
 
 
 class QwenVL(ModelAdapter):
@@ -78,6 +80,18 @@ class QwenVL(ModelAdapter):
         count, height, width = grid
         blocks = units.view(count, height // merge, width // merge, merge, merge, channels, together, patch, patch)
         return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(count, together, channels, height * patch, -1)
+
+    def fast_tower(self, core: Any, undo: Undo, *, read_within: bool) -> None:
+        config = core.visual.config
+        base = str(config._attn_implementation)
+        if "flash" in base:
+            return  # it is given all windows at once already
+        if base != "sdpa":
+            raise ValueError(f"fast_tower needs a vision tower with attn_implementation='sdpa' or flash, not {base!r}")
+        packed = PackedTower()
+        for block in core.visual.blocks:
+            undo.set(block.attn, SLOT, packed)
+        undo.set(config, "_attn_implementation_internal", register_packed())
 
     def tower_layers(self, core: Any) -> list[nn.Module]:
         # Qwen2.5-VL's other blocks attend within windows.

@@ -39,6 +39,9 @@ class PatchConfig(BaseModel):
     images: bool | Literal["frames"] = Field(
         False, description="reduce images too, not only videos; frames: those of one prompt together, as one video"
     )
+    fast_tower: bool = Field(
+        False, description="run the vision tower in fewer calls and less memory; the same values but for rounding"
+    )
     frames: SerializeAsAny[FrameSelector] | None = Field(None, description="which frames are seen at all")
     tokens: SerializeAsAny[TokenReducer] | None = Field(None, description="prune or merge before the language model")
     layers: SerializeAsAny[LayerReducer] | None = Field(None, description="prune or merge between decoder layers")
@@ -60,7 +63,7 @@ class PatchConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``load_config`` reads back to an equal config."""
-        head: dict[str, Any] = {"description": self.description, "images": self.images}
+        head: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields if name not in STAGES}
         return head | {stage: {"method": m.name} | m.model_dump(mode="json") for stage, m in self.methods().items()}
 
     def to_yaml(self) -> str:

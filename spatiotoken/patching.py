@@ -145,6 +145,8 @@ class _Patch:
         try:
             for owner in (self.model, self.core):
                 self.undo.set(owner, _HANDLE, self)
+            if config.fast_tower:
+                self.adapter.fast_tower(self.core, self.undo, read_within=self.features.reader is not None)
             # What takes part: where something is reduced, or the `layers` method wants to know how features lie.
             placed = config.places_tokens
             taken = {

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import spatiotoken
 from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.evaluation.base import DATASETS, DatasetError, Question, VideoQA
+from spatiotoken.registry import STAGES
 
 
 class PlanError(ValueError):
@@ -109,7 +110,7 @@ def make_plan(
             raise PlanError(f"two configs are called {name!r}")
         own = load_config(config)
         # `dense` among others has no method to set anything of.
-        settable = {"images", *own.methods()}
+        settable = PatchConfig.model_fields.keys() - set(STAGES) | own.methods().keys()
         mine = {key: value for key, value in (overrides or {}).items() if key.partition(".")[0] in settable}
         resolved[name] = load_config(own, **mine).to_dict()
         used |= mine.keys()
