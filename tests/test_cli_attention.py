@@ -220,5 +220,16 @@ def test_calibrate_refuses_files(model: Path, tmp_path: Path) -> None:
     assert_refused(invoke(*args, "--video", SHORT, "--out", "/no/such/heads.yaml"), "--out", "/no/such/heads.yaml")
 
 
+def test_models_without_full_attention(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with windows of their own are not looked at; a model may have no others."""
+    for module in ("spatiotoken.attention.observe", "spatiotoken.calibration"):
+        monkeypatch.setattr(f"{module}.observed", lambda *args, **kwargs: None)
+    args = ("--model", str(model), "--video", SHORT, "--num-frames", "3")
+    assert_refused(invoke("attn", "--config", "sliding_vertical", *args), str(model), "no layer with full attention")
+    path = tmp_path / "heads.yaml"
+    assert_refused(invoke("calibrate", *args, "--out", str(path)), "no layers with full attention")
+    assert not path.exists()
+
+
 def _reduced() -> dict[str, Any]:
     return REDUCED["attention", "sliding_vertical"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,12 +45,14 @@ class SharedTower:
 
     def remembering(self, name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         """``encode``, asked only once for equal arguments."""
+        signature = inspect.signature(encode)
 
         @functools.wraps(encode)
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            asked = {str(at): value for at, value in enumerate(args)} | kwargs
             if not self.active:
                 return encode(*args, **kwargs)
+            asked = signature.bind(*args, **kwargs).arguments
+            asked = asked.pop("kwargs", {}) | asked
             for known, arguments, output, milliseconds in self._known:
                 if known == name and _same(arguments, asked):
                     self.saved_ms += milliseconds
