@@ -76,7 +76,11 @@ class Asker:
         return Seen(shared, chosen)
 
     def ask(self, task: Task, seen: Seen) -> list[Answered]:
-        """The answers, config by config."""
+        """The answers, config by config.
+
+        Raises:
+            RuntimeError: anything went wrong but the reading of a video; the message says what was being asked.
+        """
         dataset = self.plan.built_datasets[task.dataset]
         rows: list[Answered] = []
         with ExitStack() as stack:
@@ -93,7 +97,11 @@ class Asker:
                     key = (own, *(one.id for one in group))
                     if key not in prepared:
                         prepared[key] = self._inputs(dataset, group, clips)
-                    rows += self._answers(task, name, config, dataset, group, clips, prepared[key], tower)
+                    try:
+                        rows += self._answers(task, name, config, dataset, group, clips, prepared[key], tower)
+                    except Exception as error:
+                        ids = ", ".join(question.id for question in group)
+                        raise RuntimeError(f"{task.dataset} {ids} under {name}: {error}") from error
         return rows
 
     def _together(self, task: Task, name: str, seen: Seen, rows: list[Answered]) -> list[list[Question]]:
