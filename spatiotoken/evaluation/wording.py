@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence, Set
 
 _REASONING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
 """Reasoning that was cut off was followed by nothing."""
@@ -13,7 +12,7 @@ _MARKUP = re.compile(r"</?(?:b|i|u|p|s|em|strong|br)\s*/?>|<\|[^|]*\|>|\\[a-z]+"
 _PLAIN = str.maketrans(
     dict.fromkeys("[{<【〔「『", "(")
     | dict.fromkeys("]}>】〕」』", ")")
-    | dict.fromkeys("*`_#$•\"“”", " ")
+    | dict.fromkeys('*`_#$•"“”', " ")
     | dict.fromkeys("‘’", "'")
     | dict.fromkeys("–—", " - ")
     | {"。": ".", "、": ","}
@@ -54,12 +53,3 @@ def telling_words(said: str) -> list[str]:
 def refuses(said: str) -> bool:
     """Whether no answer is given: "I cannot tell", "There is not enough information"."""
     return _REFUSAL.search(said) is not None
-
-
-def only(found: Set[str]) -> str | None:
-    return next(iter(found)) if len(found) == 1 else None
-
-
-def places(part: Sequence[str], whole: Sequence[str]) -> list[int]:
-    """Where in a list of words others begin."""
-    return [at for at in range(len(whole) - len(part) + 1) if part and whole[at : at + len(part)] == part]

@@ -475,13 +475,14 @@ class TestCharadesSTA:
 
         assert dataset.metrics == tuple(BOTH_TIMES)
         assert scores("The event happens in the 24.3 - 30.4 seconds.") == BOTH_TIMES
+        assert scores("The event happens in the 30.4 - 24.3 seconds.") == BOTH_TIMES
         # 3.05 of 6.1 seconds.
         assert scores("24.3 - 27.35") == pytest.approx(BOTH_TIMES | {"mIoU": 0.5, "R@1 IoU 0.5": 1, "R@1 IoU 0.7": 0})
         # From 20.4 to 34.4: 6.1 of 14 seconds.
         assert scores("from 20.4s to 34.4 seconds") == pytest.approx(
             {"mIoU": 6.1 / 14, "R@1 IoU 0.3": 1, "R@1 IoU 0.5": 0, "R@1 IoU 0.7": 0}
         )
-        for text in ("1.0 - 5.0", "", "I do not know", "at 24.3 seconds"):
+        for text in ("1.0 - 5.0", "26 - 26", "", "I do not know", "at 24.3 seconds"):
             assert set(scores(text).values()) == {0.0}, text
         assert dataset.parse("", first) is None
 

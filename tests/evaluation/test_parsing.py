@@ -188,6 +188,7 @@ def test_what_says_nothing(kind: str) -> None:
         (WEARER, "C C picks up a card and puts it", "C"),
         (WEARER, "B. C cooks food in the kitchen.", "B"),
         (WEARER, "D: C cleans", "D"),
+        (WEARER, '{"answer": "C", "confidence": 0.9}', "C"),
         (WEARER, "C is cooking", None),
         (WEARER, "C's hands are wet", None),
         (WEARER, "It is C cleaning", None),
@@ -202,6 +203,7 @@ def test_what_says_nothing(kind: str) -> None:
         (ACTORS, "A. A woman runs", "A"),
         (ACTORS, "A A man walks a dog", "A"),
         (ACTORS, "A man runs", None),
+        (VEHICLES, "a (red) bus", None),
         (ACTORS, "A man walks a dog and a woman runs", None),
         (DEEDS, "A picks up the red cup and", "A"),
         (DEEDS, "A person sits down", "C"),
@@ -266,7 +268,9 @@ def test_there_must_be_options_and_letters_for_them(count: int) -> None:
         parse_option("A", ["thing"] * count)
 
 
-@pytest.mark.parametrize("words", ["A or B ", "not ", "The answer is A or B. ", "a man is a ", "1:", "(", "\n"])
+@pytest.mark.parametrize(
+    "words", ["A or B ", "not ", "The answer is A or B. ", "a man is a ", "1:", "(", "\n", "<|", "\\boxed{"]
+)
 def test_endless_repetition_is_read_too(words: str) -> None:
     said = words * 1000
     assert parse_option(said, VEHICLES) is None
@@ -304,6 +308,8 @@ def test_yes_or_no(said: str, answer: str | None) -> None:
         ("Café", "café"),
         ("**Yes**", "yes"),
         ("<think>red</think>blue", "blue"),
+        ("The answer is \\boxed{a red car}.", "red car"),
+        ("It is red. <answer>blue</answer>", "blue"),
         ("the", "the"),
         ("?!", ""),
         ("", ""),
@@ -356,9 +362,14 @@ def test_normalised(said: str, words: str) -> None:
         ("0:12.5 - 0:20.1", (12.5, 20.1)),
         ("**3.2 - 7.8**", (3.2, 7.8)),
         ("<think>0 - 1</think>3.2 ～ 7.8", (3.2, 7.8)),
+        # In the wrong order.
+        ("20.1 - 12.5", (12.5, 20.1)),
+        ("1:05 to 0:12", (12, 65)),
+        ("The event starts at 9.5 seconds and ends at 4 seconds.", (4, 9.5)),
+        ("5 - 5", (5, 5)),
         # No span.
         *((text, None) for text in ("", "no", "3", "at 24.3 seconds", "12.5 -", "The video is 30 seconds long")),
-        *((text, None) for text in ("20.1 - 12.5", "1:05 to 0:12", "5 - 5", "1, 2, 3", "frame 12 to frame 20")),
+        *((text, None) for text in ("1, 2, 3", "frame 12 to frame 20", "frames 1, 2 and 3")),
     ],
 )
 def test_spans(said: str, span: tuple[float, float] | None) -> None:

@@ -110,7 +110,7 @@ def test_what_was_asked_when_something_broke(
 ) -> None:
     """What is no fault of a video stops the run, with all answers before it on disk."""
     plan = planned(directory, ("dense", "evs"), batch_size=1)
-    monkeypatch.setattr(toy.Toy, "parse", lambda self, text, question: "ab"[question.id == "q2" and 1 // 0])
+    monkeypatch.setattr(toy.Toy, "parse", lambda self, text, question: 1 / 0 if question.id == "q2" else "a")
     with pytest.raises(RuntimeError, match="toy q2 under dense: "):
         run(plan, loaded, tmp_path)
     assert set(rows(tmp_path)) == {(config, name) for config in ("dense", "evs") for name in ("q0", "q1")}

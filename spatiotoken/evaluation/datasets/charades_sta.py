@@ -53,8 +53,8 @@ class CharadesSTA(VideoQA, dataset="charades_sta"):
     as in ``Charades_v1_480``. Metrics: mean intersection over union of the seconds, and the share of answers that
     reach 0.3, 0.5 and 0.7; an answer without two times has 0.
 
-    The prompt, with its misspelling, is that of lmms-eval 0.7.2's ``temporal_grounding_charades``. lmms-eval swaps the
-    times of an answer whose end is before its start; here such an answer has 0.
+    The prompt, with its misspelling, is that of lmms-eval 0.7.2's ``temporal_grounding_charades``. As there, the times
+    of an answer whose end is before its start are swapped.
     """
 
     hub: ClassVar[str | None] = "lmms-eval/charades_sta"
