@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spatiotoken.patching import last_report, patch_model, patched, unpatch_model
     from spatiotoken.report import ForwardReport
     from spatiotoken.video import VideoReadError, load_video
+    from spatiotoken.video_cache import VideoCache
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "patched": "patching",
     "unpatch_model": "patching",
     "ForwardReport": "report",
+    "VideoCache": "video_cache",
     "VideoReadError": "video",
     "load_video": "video",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "ConfigError",
     "ForwardReport",
     "PatchConfig",
+    "VideoCache",
     "VideoReadError",
     "available",
     "last_report",

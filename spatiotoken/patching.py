@@ -33,7 +33,7 @@ from spatiotoken.undo import Undo
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
-_HANDLE = "_spatiotoken"
+HANDLE = "_spatiotoken"
 _ENCODING: ContextVar[bool] = ContextVar("spatiotoken_encoding", default=False)
 
 
@@ -60,7 +60,7 @@ def patch_model(
         ValueError: unsupported architecture or wrong config; the model is as before.
     """
     resolved = load_config(config, **overrides)
-    _check_patchable(model)
+    check_patchable(model)
     adapter = find_adapter(model)
     _check_kinds(adapter, resolved)
     patch = _Patch(model, adapter, resolved, processor)
@@ -75,7 +75,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         UndoError: something else was put over the patch.
     """
-    patch = model.__dict__.get(_HANDLE)
+    patch = model.__dict__.get(HANDLE)
     if patch is not None:
         patch.undo.revert()
     return model
@@ -91,7 +91,7 @@ def patched(
     **overrides: Any,
 ) -> Iterator[ModelT]:
     """Patch a model within a ``with`` block. Afterwards it is as before: unpatched, or with the patch that it had."""
-    before = model.__dict__.get(_HANDLE)
+    before = model.__dict__.get(HANDLE)
     patch_model(model, config, processor=processor, **overrides)
     try:
         yield model
@@ -107,7 +107,7 @@ def last_report(model: PreTrainedModel) -> ForwardReport:
     Raises:
         ValueError: the model is not patched, or has not run since.
     """
-    patch = model.__dict__.get(_HANDLE)
+    patch = model.__dict__.get(HANDLE)
     if patch is None:
         raise ValueError("the model is not patched: call patch_model first")
     if patch.recorder is None:
@@ -144,7 +144,7 @@ class _Patch:
         config, sequence = self.config, self.sequence
         try:
             for owner in (self.model, self.core):
-                self.undo.set(owner, _HANDLE, self)
+                self.undo.set(owner, HANDLE, self)
             if config.fast_tower:
                 self.adapter.fast_tower(self.core, self.undo, read_within=self.features.reader is not None)
             # What takes part: where something is reduced, or the `layers` method wants to know how features lie.
@@ -346,7 +346,7 @@ class _Patch:
         return self.recorder, self.recorder.span("encode")
 
 
-def _check_patchable(model: Any) -> None:
+def check_patchable(model: Any) -> None:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise ValueError("this is a PEFT wrapper: patch peft_model.get_base_model() instead")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:

@@ -20,6 +20,8 @@ from spatiotoken.frames.scorer import Scorer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spatiotoken.patches.adapter import ModelAdapter
+
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
@@ -326,7 +328,7 @@ class TowerEncoder(FrameEncoder):
         self._check_unpatched()
         if not hasattr(processor, "video_processor"):
             raise ValueError(f"{type(processor).__name__} has no video processor, which the frames must go through")
-        weights, settings = self._weights_key(), processor.video_processor.to_json_string()
+        weights, settings = outer_weights_key(self.adapter, model), processor.video_processor.to_json_string()
         self.identity = f"tower/{_VERSION}/{key(model.config.model_type, weights, settings)}"
 
     def relevance(self, features: Tensor, question: str) -> Tensor:
@@ -362,17 +364,18 @@ class TowerEncoder(FrameEncoder):
                 "the model is patched, so its tower drops what is to be described: call unpatch_model first"
             )
 
-    def _weights_key(self) -> str:
-        """Recognises the weights outside the language model, wherever they were loaded from or however changed."""
-        language = {id(parameter) for parameter in self.adapter.language_model(self.model).parameters()}
-        names, values = [], []
-        for name, parameter in self.adapter.core(self.model).named_parameters():
-            if id(parameter) in language:
-                continue
-            names.append(f"{name} {parameter.dtype} {tuple(parameter.shape)}")
-            flat = parameter.detach().reshape(-1)
-            values.append(flat[:: max(1, flat.shape[0] // _SAMPLES)][:_SAMPLES].float())
-        return key(*names, torch.cat(values).cpu().numpy().tobytes())
+
+def outer_weights_key(adapter: ModelAdapter, model: PreTrainedModel) -> str:
+    """Recognises the weights outside the language model, wherever they were loaded from or however changed."""
+    language = {id(parameter) for parameter in adapter.language_model(model).parameters()}
+    names, values = [], []
+    for name, parameter in adapter.core(model).named_parameters():
+        if id(parameter) in language:
+            continue
+        names.append(f"{name} {parameter.dtype} {tuple(parameter.shape)}")
+        flat = parameter.detach().reshape(-1)
+        values.append(flat[:: max(1, flat.shape[0] // _SAMPLES)][:_SAMPLES].float())
+    return key(*names, torch.cat(values).cpu().numpy().tobytes())
 
 
 def _joined(parts: Sequence[Described]) -> Described:
@@ -392,4 +395,5 @@ __all__ = [
     "TowerEncoder",
     "describe_stream",
     "open_encoder",
+    "outer_weights_key",
 ]

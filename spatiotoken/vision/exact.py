@@ -45,14 +45,14 @@ def chunked_attention(
 ) -> Tensor:
     """``[1, N, heads, d]`` attention within chunks of ``[1, heads, N, d]``."""
     if isinstance(chunks[0], tuple):
-        parts = [states[0].unflatten(1, chunks[0]).transpose(0, 1) for states in (query, key, value)]
-        mixed = scaled_dot_product_attention(*parts, scale=scale)
+        query, key, value = (states[0].unflatten(1, chunks[0]).transpose(0, 1) for states in (query, key, value))
+        mixed = scaled_dot_product_attention(query, key, value, scale=scale)
         return mixed.transpose(1, 2).flatten(0, 1)[None]
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     for rows in chunks:
         assert isinstance(rows, Tensor)
-        parts = [states[0][:, rows].transpose(0, 1) for states in (query, key, value)]
-        output[rows] = scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2)
+        q, k, v = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))
+        output[rows] = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     return output[None]
 
 
