@@ -10,6 +10,8 @@ attention: sparse prefill without a model: the kernels beside dense attention, w
            much of the attention mass they see. On a GPU, with nothing to download: --suite attention --device cuda
 layers:    prefill of the language model alone, with every method that drops or merges tokens between its layers, beside
            what the number of tokens in all layers predicts. As in the docs: --suite layers --memory
+tower:     vision tower and projector alone, in the shapes of released ones, unpatched, patched, and patched with
+           fast_tower. On a GPU, all layers and nothing to download: --suite tower --size 7b --device cuda --memory
 """
 
 from __future__ import annotations
@@ -52,22 +54,25 @@ from spatiotoken.token_benchmark import (
     reducer_subject,
     synthetic_video,
 )
+from spatiotoken.tower_benchmark import TOWERS, compare_towers, tower_table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = ("overhead", "reduction", "tokens", "frames", "attention", "layers")
+    suites = ("overhead", "reduction", "tokens", "frames", "attention", "layers", "tower")
     parser.add_argument("--suite", choices=suites, required=True)
     parser.add_argument(
         "--configs", nargs="+", help="presets or .yaml files of the reduction and frames suites, instead of their own"
     )
-    parser.add_argument("--repeats", type=int, help="rounds; by default 21, frames 3, attention 9, layers 5")
-    parser.add_argument("--warmup", type=int, help="rounds before those; by default 3, attention 1, layers 0")
+    parser.add_argument("--repeats", type=int, help="rounds; by default 21, frames 3, attention 9, layers and tower 5")
+    parser.add_argument("--warmup", type=int, help="rounds before those; by default 3, attention 1, layers and tower 0")
     parser.add_argument("--visual-tokens", type=int, help="by default 2000, layers 4000")
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-layers", type=int, help="by default 4, layers 12")
+    parser.add_argument("--num-layers", type=int, help="by default 4, layers 12, tower its own")
     parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16; by default float32, in the attention suite on a GPU bfloat16"
+        "--dtype",
+        help="float32, bfloat16 or float16; by default float32, in the attention suite on a GPU and "
+        "in the tower suite at size 7b bfloat16",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
@@ -116,17 +121,26 @@ def main() -> None:
     )
     attention.add_argument("--probe", action="store_true", help="recall on the probe models too")
     layers = parser.add_argument_group("layers suite (of the others those down to threads, and methods)")
-    layers.add_argument("--memory", action="store_true", help="measure peak memory, in a process for each config")
+    layers.add_argument(
+        "--memory", action="store_true", help="measure peak memory, in a process for each config (tower suite too)"
+    )
+    tower = parser.add_argument_group(
+        "tower suite (of the others memory, repeats, warmup, num-layers, dtype, device and threads)"
+    )
+    tower.add_argument("--size", choices=("cpu", "7b"), default="cpu", help="cpu: few layers; 7b: all, for a GPU")
+    tower.add_argument("--models", nargs="+", default=tuple(TOWERS), help="model types instead of all")
+    tower.add_argument("--frames", type=int, help="by default 8, at size 7b 32")
+    tower.add_argument("--side", type=int, default=20, help="rows and columns of a frame's tokens (Qwen-VL)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument(
         "--markdown",
         action="store_true",
-        help="print a table in Markdown (tokens suite; the attention and layers suites always do)",
+        help="print a table in Markdown (tokens suite; the attention, layers and tower suites always do)",
     )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    if args.threads is None and args.suite in ("tokens", "attention", "layers"):
+    if args.threads is None and args.suite in ("tokens", "attention", "layers", "tower"):
         args.threads = [1, 2] if args.suite == "attention" else [1]
     if args.threads is not None:
         if min(args.threads) < 1:
@@ -136,6 +150,9 @@ def main() -> None:
         torch.set_num_threads(args.threads[0])
     if args.suite == "attention":
         time_attention(parser, args)
+        return
+    if args.suite == "tower":
+        time_towers(parser, args)
         return
     args.dtype = args.dtype or "float32"
     if args.suite == "layers":
@@ -314,6 +331,37 @@ def time_layers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         return
     print(", ".join(f"{key}: {value}" for key, value in comparison.machine.items()), end="\n\n")
     print(layer_table(comparison))
+
+
+def time_towers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Prints each tower's table as soon as it is there."""
+    try:
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype or ("bfloat16" if args.size == "7b" else "float32"))
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError("random models have no dtype of their own: --dtype auto is for checkpoints")
+        data: dict[str, Any] = {"suite": "tower", "size": args.size, "machine": machine(device, dtype), "towers": []}
+        if not args.json:
+            print(", ".join(f"{key}: {value}" for key, value in data["machine"].items()))
+        for comparison in compare_towers(
+            args.models,
+            size=args.size,
+            frames=args.frames,
+            side=args.side,
+            num_layers=args.num_layers,
+            repeats=5 if args.repeats is None else args.repeats,
+            warmup=args.warmup or 0,
+            dtype=dtype,
+            device=device,
+            memory=args.memory,
+        ):
+            data["towers"].append(comparison.to_dict())
+            if not args.json:
+                print(f"\n{tower_table([comparison])}", flush=True)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps(data, indent=2))
 
 
 def print_table(suite: str, comparison: Comparison) -> None:

@@ -76,6 +76,7 @@ RECALL_SETTINGS: Settings = {
     "spargeattn": {"share": 0.15, "block_q": 32, "block_k": 32},
     "token_sparse": {"coverage": 0.2, "min_tokens": 256, "window": 64, "start": 0.0},
     "xattention": {"threshold": 0.5, "stride": 8, "block": 32},
+    "yopo_neighbours": {"radius": 3, "frames": 3, "block": 16},
     "zipvl": {"tau": 0.81, "recent": 32, "spread": 32, "block": 32},
 }
 """By method, for about a quarter of the pairs of `RECALL_LENGTH` made-up tokens."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from spatiotoken.answer import Dtype, load_model, prepare_inputs
 from spatiotoken.config import load_config
 from spatiotoken.patching import last_report, patched
 from spatiotoken.probe import build_tiny
+from spatiotoken.report import peak_memory_bytes
 
 UNPATCHED = "unpatched"
 PRESETS = (
@@ -42,6 +46,7 @@ _SIDE = 280
 """Pixels of a square frame: 20 x 20 patches of Qwen2.5-VL, merged to 10 x 10 tokens for each pair of frames."""
 _TOKENS_PER_UNIT, _FRAMES_PER_UNIT = 100, 2
 _RESAMPLES = 2000
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,29 @@ def ratio_of_medians(times: Sequence[float], baseline: Sequence[float]) -> tuple
     return statistics.median(times) / statistics.median(baseline), (cuts[0], cuts[-1])
 
 
+def in_process(job: Callable[..., int], *arguments: Any) -> int:
+    """What ``job`` says in a new process of its own, for memory: nothing that ran before it counts."""
+    # By default glibc keeps some of what was freed, differently in each run: tens of MiB.
+    with _environment("MALLOC_MMAP_THRESHOLD_", "131072"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(job, *arguments).result()
+
+
+def peak_growth(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes by which what the process holds grows during ``call``, at most.
+
+    That of its second run: the first loads libraries, weights and scratch memory for good.
+    """
+    call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # on Linux: forget the peak so far
+        _CLEAR.write_text("5")
+    before = _most_held(device)
+    call()
+    return _most_held(device) - before
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What the times depend on beside the code."""
     return {
@@ -221,3 +249,26 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _most_held(device: torch.device) -> int:
+    """Bytes since the peak was last forgotten."""
+    if device.type == "cpu" and _STATUS.exists():
+        # `ru_maxrss` would hold the parent's memory too, from the moment between fork and exec.
+        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+    return peak_memory_bytes(device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spatiotoken.config import PatchConfig
 from spatiotoken.patches.adapter import ModelAdapter
+from spatiotoken.revival import Revival
 from spatiotoken.sequence import Rows, gather_rows, joined_valid, layer_mask
 from spatiotoken.state import ACTIVE, Forward
 from spatiotoken.structures import LayerTokens
@@ -24,7 +25,7 @@ class BetweenLayers:
     """Runs the stage for one model.
 
     Raises:
-        ValueError: the method needs a deeper model.
+        ValueError: the method needs a deeper model, or other attention.
     """
 
     def __init__(self, adapter: ModelAdapter, language_model: Any, layers: nn.ModuleList, config: PatchConfig) -> None:
@@ -36,6 +37,9 @@ class BetweenLayers:
         # Whether the layers before those that prune must leave their input, from which attention is computed.
         self.scores = bool(config.layers and config.layers.needs & {"attention", "received", "weights"})
         self.observed_layers = config.layers.observed_layers(len(layers)) if config.layers else ()
+        self.revival = None
+        if config.layers and config.layers.revives():
+            self.revival = Revival(adapter, layers, config.layers, self.text_config)
 
     def masks(self, cache: Any, hidden: Tensor, padding: Tensor | None, first: int) -> dict[int, Any]:
         """Masks of the decoder layers from ``first`` on; they change where a method may have dropped tokens."""
@@ -60,9 +64,11 @@ class BetweenLayers:
                 # Layers would be computed again later, when what they were to drop is no longer known.
                 raise ValueError("gradient checkpointing does not work with a `layers` method: use `model.eval()`")
             hidden = self._prune(forward, index, hidden, arguments)
+        if revives := self.revival is not None and forward.rows is None:
+            self.revival.step(forward, index, original, hidden, arguments)
         if index in forward.masks:
             arguments["attention_mask"] = forward.masks[index]
-        if index + 1 in self.prune_layers and self.scores and forward.rows is not None:
+        if index + 1 in self.prune_layers and self.scores and (revives or forward.rows is not None):
             forward.scored = hidden, arguments["position_embeddings"]
         return original(hidden, **arguments)
 
@@ -74,10 +80,14 @@ class BetweenLayers:
         cache = arguments.get("past_key_values")
         with forward.recorder.span("layers"):
             positions = arguments["position_embeddings"]
+            if self.revival is not None:
+                self.revival.mark(cache, index, visual, rows)
             hidden, keep, counts = self._reduce(forward, index, cache, hidden, rows, visual, positions)
             forward.recorder.stage("layers", self.config.layers.name, sum(forward.counts), sum(counts))
             if counts == forward.counts:
                 return hidden
+            if self.revival is not None:
+                self.revival.set_aside(cache, index, hidden, positions, rows, visual & ~keep)
             lengths = [n - b + a for n, b, a in zip(rows.lengths, forward.counts, counts, strict=True)]
             forward.rows, inner = rows.narrow(keep, lengths)
             forward.counts, forward.visual = counts, (visual & keep).gather(1, inner)

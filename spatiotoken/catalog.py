@@ -149,10 +149,11 @@ _ATTENTION_TABLE_HEAD = """\
 _ATTENTION_HEAD = """
 ## Which pairs are computed: `attention`
 
-While a whole prompt is prefilled; decoding is dense. *Static* patterns are the same for every prompt; *estimated* ones
-depend on its queries and keys, and compute the chosen pairs exactly; *approximate* ones also leave out queries, or let
-some keys stand for several. All take `backend`: `auto` picks a kernel for the device, and leaves a layer to the model's
-own attention where less than 5 % would be gained. *Cost*: L tokens, d channels, b tokens a block."""
+While a whole prompt is prefilled; decoding is dense. *Static* patterns depend on where tokens are, not on what they
+are; *estimated* ones depend on queries and keys, and compute the chosen pairs exactly; *approximate* ones also leave
+out queries, or let some keys stand for several. All take `backend`: `auto` picks a kernel for the device, and leaves a
+layer to the model's own attention where less than 5 % would be gained. *Cost*: L tokens, d channels, b tokens a
+block."""
 
 
 def _attention_row(method: type[SparsePrefill]) -> str:

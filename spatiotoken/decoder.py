@@ -216,6 +216,7 @@ class SequenceStages:
             arguments["position_ids"] = positions - shift.to(embeds.device)[:, None]
         arguments["attention_mask"] = cache.layers[0].attention_mask(padding, new)
         if self.between.prune_layers:
+            forward.padding = padding
             forward.masks = self.between.masks(cache, embeds, padding, 0)
         output = original(**arguments)
         for layer in cache.layers:
@@ -234,7 +235,7 @@ class SequenceStages:
                 if trims and rows is not last:
                     here = last.to(layer.keys.device)
                     layer.keep(rows.index.shape[1], rows.to(here.index.device).places_of(here, length))
-                layer.record(length, here)
+                layer.record(length, here, self.between.revival is not None)
                 layer.uneven = layer.uneven or (len(forward.history) > 1 and not trims)
 
     def _record(self, forward: Forward, lengths: list[int] | Tensor, real: list[int] | Tensor) -> None:

@@ -6,16 +6,11 @@ in the peak of the memory.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import re
 import statistics
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +19,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spatiotoken.answer import Dtype, load_model
-from spatiotoken.benchmark import UNPATCHED, machine, prefill_ms, ratio_of_medians
+from spatiotoken.benchmark import UNPATCHED, in_process, machine, peak_growth, prefill_ms, ratio_of_medians
 from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.patching import last_report, patched
 from spatiotoken.probe import build_tiny
 from spatiotoken.registry import METHODS
-from spatiotoken.report import ForwardReport, peak_memory_bytes
+from spatiotoken.report import ForwardReport
 from spatiotoken.token_benchmark import synthetic_video
 
 FASTV = "fastv, layer 2"
@@ -41,7 +36,6 @@ GOAL = 0.9
 _SIDE = 10
 """Rows and columns of tokens of a temporal unit."""
 _QUESTION = "What is happening in this video?"
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class LayerTiming:
         speedup: median of the unpatched model over this one's; ``speedup_interval`` its 95 % bootstrap interval.
         ratio: ``speedup`` over ``predicted``.
         method_ms: median of what the method itself took.
-        peak_memory_bytes: most that a process held from just before its first prefill; None if not measured.
+        peak_memory_bytes: most that a process held during a prefill, beyond what it held before it; None if not
+            measured. Not its first, which loads libraries, weights and scratch memory for good.
     """
 
     config: str
@@ -167,7 +162,10 @@ def compare_layers(
                     reports[name] = report
                     if turn >= warmup:
                         method_times[name][-1] = sum(stage.milliseconds for stage in report.stages.values())
-        peaks = {name: _in_process(setting, config) for name, config in every.items()} if memory else {}
+        peaks = {}
+        if memory:
+            for name, config in every.items():
+                peaks[name] = in_process(_peak_memory, setting, None if config is None else config.to_dict())
 
     timings = []
     for name, row in times.items():
@@ -288,39 +286,9 @@ def _model_and_prompt(setting: _Setting) -> tuple[PreTrainedModel, dict[str, Ten
     }
 
 
-def _in_process(setting: _Setting, config: PatchConfig | None) -> int:
-    # By default glibc keeps some of what was freed, differently in each run: tens of MiB.
-    with _environment("MALLOC_MMAP_THRESHOLD_", "131072"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_peak_memory, setting, None if config is None else config.to_dict()).result()
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _peak_memory(setting: _Setting, config: Mapping[str, Any] | None) -> int:
-    """Bytes, at most, from before the first prefill to its end."""
+    """Bytes by which a prefill grows the process, at most."""
     torch.set_num_threads(setting.threads)
     model, inputs = _model_and_prompt(setting)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    with suppress(OSError):  # on Linux: forget the peak so far, of loading the model
-        _CLEAR.write_text("5")
     with nullcontext() if config is None else patched(model, config):
-        prefill_ms(model, inputs)
-    if model.device.type == "cpu" and _STATUS.exists():
-        # `ru_maxrss` would hold the parent's memory too, from the moment between fork and exec.
-        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
-    return peak_memory_bytes(model.device)
+        return peak_growth(lambda: prefill_ms(model, inputs), model.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from spatiotoken.state import ACTIVE
+
+if TYPE_CHECKING:
+    from spatiotoken.revival import LooseRows
 
 DROPPED = (float("-inf"), float("inf"), float("-inf"), float("inf"))
 """First values of the embedding of a dropped token.
@@ -146,6 +149,11 @@ class LogicalLayer(DynamicLayer):
         valid: ``[B, physical_length]`` False at padding; None if there is none.
         shift: ``[B]`` how far positions, numbered anew, are behind those of the whole conversation; None where they
             were kept. On a cache's first layer only.
+
+    Where a method brings tokens back (``revival``):
+        order: ``[B, physical_length]`` the place of each row in the conversation.
+        aside: what was dropped before this layer; None if nothing was.
+        droppable: ``[B, L]`` the places of the visual tokens that may go and come; on the first layer that prunes only.
     """
 
     def __init__(self) -> None:
@@ -156,6 +164,9 @@ class LogicalLayer(DynamicLayer):
         self.uneven = False
         self.valid: Tensor | None = None
         self.shift: Tensor | None = None
+        self.order: Tensor | None = None
+        self.aside: LooseRows | None = None
+        self.droppable: Tensor | None = None
 
     @property
     def physical_length(self) -> int:
@@ -185,20 +196,58 @@ class LogicalLayer(DynamicLayer):
 
         self.keys, self.values = kept(self.keys), kept(self.values)
 
-    def record(self, original: int, rows: Rows) -> None:
-        """Note that ``original`` rows came in, of which ``rows`` are cached."""
+    def record(self, original: int, rows: Rows, ordered: bool = False) -> None:
+        """Note that ``original`` rows came in, of which ``rows`` are cached.
+
+        Args:
+            ordered: note their places in the conversation from now on.
+        """
         kept = rows.index.shape[1]
-        self.append(kept, rows.padding)
+        if ordered and self.order is None and not self.dropped:
+            past = torch.arange(self.physical_length - kept, device=rows.index.device)
+            self.order = past.expand(rows.index.shape[0], -1)
+        self.append(kept, rows.padding, rows.index)
         if kept < original:
             self.dropped += original - kept
             self.appended = 0
             distance = torch.arange(original - kept, original, device=rows.index.device)
             self.in_place = (rows.index == distance) & rows.valid
 
-    def append(self, new: int, valid: Tensor | None) -> None:
-        """Note that ``new`` rows came in and are cached, ``valid [B, new]`` of them no padding."""
-        self.valid = joined_valid(self.valid, self.physical_length - new, valid, new)
+    def append(self, new: int, valid: Tensor | None, index: Tensor | None = None) -> None:
+        """Note that ``new`` rows came in and are cached, ``valid [B, new]`` of them no padding.
+
+        Args:
+            index: ``[B, new]`` which of the rows that came in these are; None for all.
+        """
+        past = self.physical_length - new
+        if self.order is not None:
+            if index is None:
+                index = torch.arange(new, device=self.order.device).expand(self.order.shape[0], -1)
+            self.order = torch.cat([self.order, index + past + self.dropped], dim=1)
+        self.valid = joined_valid(self.valid, past, valid, new)
         self.appended += new
+
+    def come_back(self, order: Tensor, valid: Tensor) -> None:
+        """Note that rows which had been dropped are cached now, behind all others: their places in the conversation,
+        and which are no padding, ``[B, R]`` each."""
+        assert self.order is not None and self.keys is not None and self.values is not None
+        new = order.shape[1]
+        self.valid = joined_valid(self.valid, self.physical_length - new, valid, new)
+        self.order = torch.cat([self.order, order], dim=1)
+        self.dropped -= new
+        # The latest tokens are no longer the last rows.
+        self.appended, self.in_place = 0, torch.zeros_like(valid[:, :1])
+        if self.dropped < 0:
+            # Samples wanted theirs at different steps, and were padded for each other.
+            assert self.valid is not None
+            index = compact_index(self.valid, int(self.valid.sum(dim=1).max()), left=True)
+            self.dropped += self.valid.shape[1] - index.shape[1]
+            self.valid, self.order = self.valid.gather(1, index), self.order.gather(1, index)
+            heads = index.repeat_interleave(self.keys.shape[1], dim=0)
+            self.keys, self.values = (
+                gather_rows(states.flatten(0, 1), heads, 1).unflatten(0, states.shape[:2])
+                for states in (self.keys, self.values)
+            )
 
     def croppable(self) -> int:
         """How many rows can be taken off the end as if nothing had been dropped."""
@@ -217,13 +266,15 @@ class LogicalLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.dropped = self.appended = 0
-        self.valid = self.in_place = self.shift = None
+        self.valid = self.in_place = self.shift = self.order = self.aside = self.droppable = None
         self.uneven = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.dropped and abs(tokens_to_remove) > (most := self.croppable()):
+        if self.in_place is not None and abs(tokens_to_remove) > (most := self.croppable()):
             raise ValueError(f"cannot crop {abs(tokens_to_remove)} tokens: only the last {most} are whole")
         super().crop(tokens_to_remove)
+        if self.order is not None:
+            self.order = self.order[:, : self.physical_length]
         if self.valid is not None:
             self.valid = self.valid[:, : self.physical_length]
         self.appended -= abs(tokens_to_remove)
@@ -244,6 +295,9 @@ class LogicalLayer(DynamicLayer):
         self.valid = None if self.valid is None else function(self.valid)
         self.in_place = None if self.in_place is None else function(self.in_place)
         self.shift = None if self.shift is None else function(self.shift)
+        self.order = None if self.order is None else function(self.order)
+        self.aside = None if self.aside is None else self.aside.map(function)
+        self.droppable = None if self.droppable is None else function(self.droppable)
 
 
 def is_logical(cache: Any) -> bool:

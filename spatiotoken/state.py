@@ -11,6 +11,7 @@ from torch import Tensor
 from spatiotoken.report import Recorder
 
 if TYPE_CHECKING:
+    from spatiotoken.revival import LooseRows
     from spatiotoken.sequence import Rows
 
 
@@ -48,6 +49,8 @@ class Forward:
         scored: input and position embeddings of the layer whose attention ranks the tokens.
         pictures: ``[B, L]`` True at all visual tokens of the prompt, droppable or not; None without new pictures.
         observed: by decoder layer ``[B, parts, K]`` what the ``layers`` method noted of each row.
+        padding: ``[B, K]`` False at padding of new rows on a pruned cache; None if there is none.
+        loose: rows that had been dropped and are back, at the layer at hand.
     """
 
     owner: object
@@ -71,6 +74,8 @@ class Forward:
     real_rows: RealRows | None = None
     scored: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
     observed: dict[int, Tensor] = field(default_factory=dict)
+    padding: Tensor | None = None
+    loose: LooseRows | None = None
 
 
 ACTIVE: ContextVar[Forward | None] = ContextVar("spatiotoken_forward", default=None)

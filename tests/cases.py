@@ -99,6 +99,7 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("attention", "spargeattn"): {"share": 1.0},
     ("attention", "token_sparse"): {"coverage": 0},
     ("attention", "xattention"): {"threshold": 1.0},
+    ("attention", "yopo_neighbours"): {"radius": 1000, "frames": 1000, "block": 4},
     ("attention", "zipvl"): {"tau": 1},
 }
 
@@ -210,6 +211,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("attention", "spargeattn"): {"share": 0.2, "block_q": 4, "block_k": 4},
     ("attention", "token_sparse"): {"coverage": 0.4, "min_tokens": 4, "window": 4, "kernel": 3, "start": 0},
     ("attention", "xattention"): {"threshold": 0.3, "stride": 2, "block": 4},
+    ("attention", "yopo_neighbours"): {"radius": 1, "frames": 0, "block": 4},
     ("attention", "zipvl"): {"tau": 0.3, "recent": 8, "spread": 8, "block": 4},
 }
 

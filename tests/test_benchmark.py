@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from spatiotoken.benchmark import PRESETS, compare, ratio_of_medians
+from spatiotoken.benchmark import PRESETS, compare, in_process, peak_growth, ratio_of_medians
 from spatiotoken.config import ConfigError, presets
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -88,3 +90,19 @@ def test_bad_settings() -> None:
 def test_script_refuses_a_bad_device() -> None:
     result = script("--suite", "overhead", "--device", "tpu")
     assert result.returncode == 2 and result.stdout == "" and "'tpu'" in result.stderr
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux forgets a peak")
+def test_peak_growth_is_that_of_the_second_call() -> None:
+    """In a process of its own: what other tests left to the allocator would be used again here."""
+    assert 60 * 2**20 < in_process(_growth) < 100 * 2**20
+
+
+def _growth() -> int:
+    sizes = iter((256, 64))
+    return peak_growth(lambda: torch.ones(next(sizes) * 2**18).sum(), torch.device("cpu"))
+
+
+def test_processes_leave_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert in_process(abs, -3) == 3 and "MALLOC_MMAP_THRESHOLD_" not in os.environ

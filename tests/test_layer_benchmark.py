@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from spatiotoken.benchmark import prefill_ms
+from spatiotoken.config import load_config
 from spatiotoken.layer_benchmark import (
     BASELINES,
     REFERENCES,
     LayerComparison,
+    _model_and_prompt,
+    _Setting,
     compare_layers,
     layer_configs,
     layer_table,
 )
 from spatiotoken.layers.fastv import FastV
 from spatiotoken.layers.pyramiddrop import PyramidDrop
+from spatiotoken.patching import patched
+from spatiotoken.probe import build_tiny
 from spatiotoken.registry import METHODS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -124,9 +131,42 @@ def test_table_with_memory(everything: LayerComparison) -> None:
 
 @pytest.mark.slow
 def test_memory() -> None:
+    """Of the prefill alone: the process itself takes hundreds of megabytes."""
     configs = {"fastv": layer_configs()["fastv"]}
-    for timing in compare_layers(configs, **TINY | {"repeats": 1}, memory=True).timings:
-        assert timing.peak_memory_bytes is not None and timing.peak_memory_bytes > 1e8
+    settings = TINY | {"repeats": 1, "visual_tokens": 4000}
+    dense, fastv = (one.peak_memory_bytes for one in compare_layers(configs, **settings, memory=True).timings)
+    assert dense is not None and fastv is not None
+    # The states of a layer alone take 4000 x 64 x 4 bytes.
+    assert 1e6 < fastv < dense < 1e8
+
+
+def test_a_method_that_drops_nothing_takes_no_more_memory(tmp_path: Path) -> None:
+    """Tensors that live at once, counted by torch: a few bytes of bookkeeping for each token, and no states."""
+
+    def peak(method: str | None, **settings: Any) -> int:
+        config = {"layers": {"method": method, **settings}} if method else "dense"
+        with patched(model, load_config(config)):
+            prefill_ms(model, inputs)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile:
+                prefill_ms(model, inputs)
+        assert profile.profiler is not None
+        now = most = 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+    build_tiny("qwen2_5_vl", tmp_path, hidden_size=64, num_layers=6)
+    model, inputs = _model_and_prompt(_Setting(str(tmp_path), 1000, torch.float32, "cpu", 1))
+    tokens = inputs["input_ids"].numel()
+    dense, states = peak(None), tokens * 64 * 4
+    assert dense > 5 * states
+    for method in ("dyvte", "todre_drop"):
+        assert peak(method, layer=3, threshold=1e-9) - dense < 32 * tokens < states / 4
+    assert peak("fastv", layer=1, retention=0.3) < 0.75 * dense
 
 
 def test_bad_settings() -> None:

@@ -37,6 +37,11 @@ class LayerReducer(Method):
         generated then differs from a recomputation, in which these layers see them."""
         return False
 
+    def revives(self) -> bool:
+        """Whether tokens come back that were dropped before a layer at the prefill, once ``reduce`` keeps them by what a
+        later step of decoding attends to. For methods that need nothing but "attention", and no memory."""
+        return False
+
     def observed_layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers whose parts ``observe`` is told of; a method that has any needs "observed"."""
         return ()

@@ -47,6 +47,13 @@ class LazyLLM(LayerPruner, method="lazyllm", paper="2407.14057"):
             raise ValueError(f"{len(self.layers)} layers need as many shares, got {len(self.shares)}")
         return self
 
+    revive: bool = Field(
+        True, description="bring back, while decoding, dropped tokens that would be kept now; needs sdpa or eager attention"
+    )
+
+    def revives(self) -> bool:
+        return self.revive
+
     def prune_layers(self, depth: int) -> tuple[int, ...]:
         return layer_indices(self.layers, depth, "layers")
 

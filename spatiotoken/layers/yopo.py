@@ -18,9 +18,9 @@ class YOPO(LayerReducer, method="yopo", paper="2410.06169"):
     Before decoder layer ``round(retention * depth)``, at least layer 1, all visual tokens are dropped. Nothing is
     computed for it. ``retention: 1`` keeps everything.
 
-    One of the paper's four parts. Attention among neighbouring visual tokens only is the work of the ``attention``
-    stage; leaving out idle heads and feed-forward neurons for visual tokens needs masks that are found, and weights
-    that are tuned, for each model: neither is in here. The public code is a simulation: from a fixed layer on it sets
+    One of the paper's four parts. Attention among neighbouring visual tokens only, and idle heads, are the method
+    ``yopo_neighbours`` of the stage ``attention``; leaving out feed-forward neurons for visual tokens needs weights
+    that are tuned for each model, and is not in here. The public code is a simulation: from a fixed layer on it sets
     the attention weights of visual tokens to 0 after the softmax, so that those of the words no longer add up to 1, as
     they do here. Where the authors stop is in the settings of each of their models; the default is ours.
     """

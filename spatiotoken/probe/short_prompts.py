@@ -39,6 +39,7 @@ PROBE_SETTINGS: Settings = {
     "spargeattn": {"share": 0.28, "block_q": 8, "block_k": 8},
     "token_sparse": {"coverage": 0.2, "min_tokens": 64, "window": 16, "start": 0.0},
     "xattention": {"threshold": 0.65, "stride": 4, "block": 8},
+    "yopo_neighbours": {"radius": 1, "frames": 1, "block": 8},
     "zipvl": {"tau": 0.65, "recent": 16, "spread": 16, "block": 8},
 }
 """By method, for about 0.5 and 0.4 of the pairs of the probe models' prompts: 144 and 272 tokens, so small blocks."""

@@ -102,19 +102,27 @@ def register_packed() -> str:
 
 def in_parts(original: Callable[..., Any], read: Sequence[int], pixel_values: Tensor, **arguments: Any) -> Any:
     """A CLIP or SigLIP tower, ``FRAMES`` frames at a time; of the hidden states only those that are ``read``."""
-    outputs = [original(pixel_values=part, **arguments) for part in pixel_values.split(FRAMES)]
+    outputs = []
+    for part in pixel_values.split(FRAMES):
+        output = original(pixel_values=part, **arguments)
+        if output.hidden_states is not None:
+            # At once, so that those of the next part take their place in memory.
+            output["hidden_states"] = _only(output.hidden_states, read)
+        outputs.append(output)
     whole = outputs[0]
     for name in ("last_hidden_state", "pooler_output"):
         if getattr(whole, name, None) is not None:
             whole[name] = torch.cat([output[name] for output in outputs])
-    states = whole.hidden_states
-    if states is not None:
-        kept = {index % len(states) for index in read}
-        whole["hidden_states"] = tuple(
-            torch.cat([output.hidden_states[index] for output in outputs]) if index in kept else None
-            for index in range(len(states))
-        )
+    if whole.hidden_states is not None:
+        parts = zip(*(output.hidden_states for output in outputs), strict=True)
+        whole["hidden_states"] = tuple(None if states[0] is None else torch.cat(states) for states in parts)
     return whole
+
+
+def _only(states: Sequence[Tensor], read: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """In their places, which may be counted from the end."""
+    kept = {index % len(states) for index in read}
+    return tuple(state if index in kept else None for index, state in enumerate(states))
 
 
 def skipped(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from spatiotoken import last_report, patch_model, patched, unpatch_model
 from spatiotoken.config import PatchConfig
@@ -158,6 +159,42 @@ def test_nothing_of_it_stays(family: Family) -> None:
     assert "forward" in layer.self_attn.__dict__ and "forward" in layer.mlp.__dict__
     unpatch_model(family.model)
     assert (dict(layer.self_attn.__dict__), dict(layer.mlp.__dict__)) == before
+
+
+# Each drops nothing at these settings, and is told of every layer from 1 on, or of layer 2.
+KEEPING: list[dict[str, Any]] = [
+    {"method": "dyvte", "layer": 1, "threshold": 1e-9},
+    {"method": "todre_drop", "layer": 2, "threshold": 1e-9},
+    {"method": "spatten", "layer": 1, "shares": [1, 1]},
+    {"method": "fastv", "layer": 2, "retention": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", KEEPING, ids=lambda settings: settings["method"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_inputs_of_layers_are_freed(family: Family, settings: dict[str, Any], cached: bool) -> None:
+    """While a decoder layer computes, nothing holds the hidden states that earlier layers began with."""
+    layers = family.model.model.language_model.layers
+    begun: list[StorageWeakRef] = []
+    alive: list[list[bool]] = []
+
+    def begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append(StorageWeakRef((args[0] if args else kwargs["hidden_states"]).untyped_storage()))
+
+    def computes(_: nn.Module, args: tuple[Any, ...]) -> None:
+        # That of the first layer is the embeddings, which the model itself holds.
+        alive.append([not one.expired() for one in begun[1:]])
+
+    hooks = [layer.register_forward_pre_hook(begins, with_kwargs=True) for layer in layers]
+    hooks += [layer.mlp.register_forward_pre_hook(computes) for layer in layers]
+    with patched(family.model, {"layers": settings}), torch.inference_mode():
+        output = family.model(**family.inputs(PROMPT, OTHER), use_cache=cached)
+        assert len(set(last_report(family.model).layer_tokens)) == 1, "something was dropped"
+    for hook in hooks:
+        hook.remove()
+    assert alive == [[number == layer for number in range(1, layer + 1)] for layer in range(len(layers))]
+    del output
+    assert all(one.expired() for one in begun)
 
 
 TRIMMING = {"method": "mustdrop", "layers": [2], "overall": 1.1, "individual": 1000.0}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spatiotoken import load_config, patch_model, patched, unpatch_model
 from spatiotoken.evaluation.sharing import leaves_the_tower_alone
@@ -130,6 +132,24 @@ def test_llava_towers_run_in_parts(llava: Family, monkeypatch: pytest.MonkeyPatc
         handle.remove()
         del core.get_video_features
     assert sizes == [4, 2] and sum(held[0]) == 1
+
+
+def test_states_that_nobody_reads_are_gone_before_the_next_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "FRAMES", 2)
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    def tower(pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        counts.append(sum(state() is not None for state in alive))
+        states = tuple(pixel_values + layer for layer in range(4))
+        alive.extend(map(weakref.ref, states))
+        return BaseModelOutputWithPooling(last_hidden_state=states[-1], hidden_states=states)
+
+    output = exact.in_parts(tower, (-2,), torch.arange(6.0)[:, None])
+    assert counts == [0, 2, 4], "of each part the one that is read, and the last one"
+    assert [state is None for state in output.hidden_states] == [True, True, False, True]
+    assert output.hidden_states[2][:, 0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert output.last_hidden_state[:, 0].tolist() == [3, 4, 5, 6, 7, 8]
 
 
 def test_evaluations_do_not_mix_the_two() -> None:
