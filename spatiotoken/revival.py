@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from spatiotoken.structures import LayerTokens
 
 SUPPORTED = ("sdpa", "eager")
 """Attention that takes a mask of any shape: what comes back stands behind later tokens in the cache."""
+ROWS = 256
+"""Rows that are computed at a time, each with a mask over all keys."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,16 @@ class LooseRows:
         if not count:
             return None
         index = compact_index(mask, count, left=True)
-        found = self.map(lambda values: gather_rows(values, index, 1))
-        return LooseRows(found.hidden, found.cos, found.sin, found.order, mask.gather(1, index))
+        return replace(self.map(lambda values: gather_rows(values, index, 1)), valid=mask.gather(1, index))
+
+    def sorted(self) -> LooseRows:
+        """Those of each sample in the order of the conversation."""
+        index = self.order.argsort(dim=1, stable=True)
+        return self.map(lambda values: gather_rows(values, index, 1))
+
+    def parts(self) -> Iterator[LooseRows]:
+        for start in range(0, self.order.shape[1], ROWS):
+            yield self.map(lambda values: values[:, start : start + ROWS])  # noqa: B023 - called at once
 
     def among(self, wanted: Tensor) -> Tensor:
         """``[B, R]`` True at rows whose place is ``wanted [B, L]``."""
@@ -72,10 +82,8 @@ def loose_mask(rows: LooseRows, layer: LogicalLayer) -> Tensor:
     visible = (order[:, None] <= rows.order[:, :, None]) & seen[:, None]
     # Padding sees itself, for a row of nothing is not a number.
     visible[:, :, -count:] |= torch.eye(count, dtype=torch.bool, device=visible.device)
-    dtype = rows.hidden.dtype
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-        ~visible, torch.finfo(dtype).min
-    )[:, None]
+    mask = rows.hidden.new_zeros(visible.shape)
+    return mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
 
 
 class Revival:
@@ -126,10 +134,12 @@ class Revival:
         rows, layer = forward.loose, cache.layers[index]
         if rows is None:
             return
-        theirs = {"attention_mask": loose_mask(rows, layer), "position_embeddings": (rows.cos, rows.sin)}
-        output = original(rows.hidden, **arguments | theirs | {"position_ids": None})
-        layer.come_back(rows.order, rows.valid)
-        forward.loose = LooseRows(output, rows.cos, rows.sin, rows.order, rows.valid)
+        outputs = []
+        for part in rows.parts():  # earlier ones first: later ones see them in the cache
+            theirs = {"attention_mask": loose_mask(part, layer), "position_embeddings": (part.cos, part.sin)}
+            outputs.append(original(part.hidden, **arguments | theirs | {"position_ids": None}))
+            layer.come_back(part.order, part.valid)
+        forward.loose = replace(rows, hidden=torch.cat(outputs, dim=1))
         forward.masks[index] = layer_mask(self.config, hidden, layer, forward.padding)
 
     def _choose(self, forward: Forward, index: int, cache: Any) -> None:
@@ -149,6 +159,8 @@ class Revival:
             forward.loose = joined(forward.loose, coming := here.aside.where(stays))
             if coming is not None:
                 here.aside = here.aside.where(~stays)
+        if forward.loose is not None:
+            forward.loose = forward.loose.sorted()
 
     def _wanted(
         self,

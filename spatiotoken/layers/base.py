@@ -38,8 +38,8 @@ class LayerReducer(Method):
         return False
 
     def revives(self) -> bool:
-        """Whether tokens come back that were dropped before a layer at the prefill, once ``reduce`` keeps them by what a
-        later step of decoding attends to. For methods that need nothing but "attention", and no memory."""
+        """Whether tokens that were dropped at the prefill come back once ``reduce`` keeps them, by what a later step of
+        decoding attends to. For methods that need nothing but "attention", and no memory."""
         return False
 
     def observed_layers(self, depth: int) -> tuple[int, ...]:

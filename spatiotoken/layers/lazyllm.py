@@ -22,11 +22,12 @@ class LazyLLM(LayerPruner, method="lazyllm", paper="2407.14057"):
     kept: those with the largest head-mean attention of the last prompt token in the layer before. Ties go to the lowest
     index. ``shares`` of 1 keep everything.
 
-    Written from the paper, since no official code is public. LEFT OUT: the revival of dropped tokens. There each
-    decoding step ranks all tokens anew and fetches those that became important from an auxiliary cache of hidden
-    states; here tokens are dropped for good at the prefill, which is the paper's static variant. The paper ranks all
-    tokens of the prompt, here only visual ones may go, and names no layers and shares beyond that later layers
-    keep less: the defaults are ours.
+    Written from the paper, since no official code is public. With ``revive: true``, as in the paper, each decoding step
+    ranks the tokens anew and computes those that it would now keep from hidden states that wait beside the KV cache;
+    what is generated then differs from a recomputation without a cache, and each step waits for the device. By default
+    tokens are dropped for good at the prefill, the paper's static variant. The paper ranks all tokens of the prompt,
+    here only visual ones may go, and names no layers and shares beyond that later layers keep less: the defaults are
+    ours.
     """
 
     complexity: ClassVar[str] = "O(LD) per pruning layer"
@@ -41,15 +42,16 @@ class LazyLLM(LayerPruner, method="lazyllm", paper="2407.14057"):
         (0.8, 0.6, 0.4), description="share of the tokens left so far that is kept at each of these layers"
     )
 
+    revive: bool = Field(
+        False,
+        description="bring dropped tokens back that a later step of decoding would keep; needs sdpa or eager",
+    )
+
     @model_validator(mode="after")
     def _one_share_each(self) -> LazyLLM:
         if len(self.layers) != len(self.shares):
             raise ValueError(f"{len(self.layers)} layers need as many shares, got {len(self.shares)}")
         return self
-
-    revive: bool = Field(
-        True, description="bring back, while decoding, dropped tokens that would be kept now; needs sdpa or eager attention"
-    )
 
     def revives(self) -> bool:
         return self.revive
