@@ -21,6 +21,10 @@ from tests.conftest import QUESTION, Family
 PROMPT = [("video", "pancake", 8), QUESTION]
 OTHER = [("video", "vp9", 8), "Which object is on the table, and who put it there?"]
 LAZY = {"layers": {"method": "lazyllm", "layers": [1, 3], "shares": [0.4, 0.5], "revive": True}}
+OTHERS = {
+    "tokens": {"method": "divprune", "retention": 0.7},
+    "attention": {"method": "powerattention", "block": 4, "window": 2, "backend": "gather"},
+}
 NEXT = torch.tensor([[5]])
 
 
@@ -108,9 +112,10 @@ def test_rows_may_be_computed_a_few_at_a_time(family: Family, monkeypatch: pytes
         torch.testing.assert_close(torch.stack(family.generate(inputs, new=6).scores), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_a_batch_is_answered_like_each_prompt_alone(family: Family) -> None:
+@pytest.mark.parametrize("config", [LAZY, LAZY | OTHERS], ids=["alone", "beside other stages"])
+def test_a_batch_is_answered_like_each_prompt_alone(family: Family, config: dict[str, Any]) -> None:
     alone, lengths = [], []
-    with patched(family.model, LAZY):
+    with patched(family.model, config):
         for prompt in (PROMPT, OTHER):
             output = family.generate(family.inputs(prompt), new=12)
             alone.append(torch.stack(output.scores)[:, 0])
