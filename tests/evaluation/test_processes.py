@@ -164,7 +164,7 @@ def test_two_processes(model: Path, nextqa: list[str], whole: Path, tmp_path: Pa
     assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes(), err
     writers = {path.name for path in tmp_path.rglob("*.jsonl")}
     assert writers == {"0-of-2.jsonl", "1-of-2.jsonl"}
-    assert out.count("## nextqa") == 1, "only one of them tells"
+    assert out.count("10 questions, of which 2 could not be asked") == 1, "only one of them tells"
 
 
 # A cluster of two workers, one of which is killed as soon as there is an answer.
