@@ -82,4 +82,4 @@ benchmark: setup
 	$(BIN)/python scripts/benchmark.py --suite frames
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info

@@ -56,7 +56,7 @@ def evaluate(
         check_output(plan, output)
     state.wait_for_everyone()
     journal = Journal(output, f"{part * state.num_processes + state.process_index}-of-{parts * state.num_processes}")
-    answers = {row.key: row for row in journal.read()}
+    answers = _by_question(journal.read())
     # By number, not by who has time: what a process has asked before is its own when it resumes.
     mine = part * state.num_processes + state.process_index
     tasks = [task for at, task in enumerate(plan.tasks()) if at % (parts * state.num_processes) == mine]
@@ -70,7 +70,7 @@ def evaluate(
         done += len(rows)
         progress(done, total)
     if state.num_processes > 1:
-        answers = {row.key: row for row in gather_object(list(answers.values()))}
+        answers = _by_question(gather_object(list(answers.values())))
     if parts > 1 or not state.is_main_process:
         return None
     results = summarize(plan, answers)
@@ -91,6 +91,15 @@ def local_engine(asker: Asker) -> Engine:
                 yield asker.ask(task, seen)
 
     return ask
+
+
+def _by_question(rows: Iterable[Answered]) -> Answers:
+    """Where a video could not be read at first, what was answered later, in whatever file that is."""
+    answers: Answers = {}
+    for row in rows:
+        if row.error is None or row.key not in answers:
+            answers[row.key] = row
+    return answers
 
 
 def _unanswered(plan: Plan, task: Task, answers: Mapping[Any, Answered], retry_failed: bool) -> Task | None:
