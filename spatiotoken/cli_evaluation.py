@@ -117,7 +117,7 @@ def evaluate(
                 candidate_fps=candidate_fps,
             )
         with bad_input(DatasetError):
-            assert plan.questions
+            _ = plan.questions  # read before a model is loaded
         if state.num_processes > 1 and device in ("auto", "cuda"):
             device = str(state.device)
         asking = _engine(engine, plan, dtype, device, workers, share_tower)

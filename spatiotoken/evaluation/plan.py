@@ -127,7 +127,7 @@ def make_plan(
         raise PlanError(_told(error)) from error
     if not plan.datasets or not plan.configs:
         raise PlanError("there must be a dataset and a config")
-    assert plan.built_datasets
+    _ = plan.built_datasets  # whose options are checked now
     return plan
 
 
