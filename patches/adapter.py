@@ -99,6 +99,22 @@ class TowerStates:
     scale: float
 
 
+@dataclass(frozen=True)
+class TowerRows:
+    """How the rows of a tower's layers lie: frame by frame, in each its CLS token, if any, then its patches.
+
+    Attributes:
+        grids: ``(T, H, W)`` in patches of each video, or of each view of each image.
+        places: ``[patches]`` of each row, CLS tokens left out: its patch, counted through all grids, which are
+            time-major and row-major within a frame; None where the rows are in that order.
+        windows: rows of each window of those layers that attend within windows; None where there are none.
+    """
+
+    grids: tuple[tuple[int, int, int], ...]
+    places: Tensor | None = None
+    windows: tuple[int, ...] | None = None
+
+
 Encoding = Mapping[str, Any]
 """Arguments of ``get_video_features`` or ``get_image_features``, by name."""
 
@@ -226,6 +242,40 @@ class ModelAdapter(ABC):
             arguments: the others that it was called with.
         """
 
+    def tower_span(self, core: Any) -> list[nn.Module]:
+        """The layers that run before the projector, those behind the last of ``tower_layers`` included."""
+        return self.tower_layers(core)
+
+    def windowed_layers(self, core: Any) -> frozenset[int]:
+        """Those of ``tower_span`` that attend within windows."""
+        return frozenset()
+
+    def whole_inputs(self, core: Any) -> list[nn.Module]:
+        """Modules that read all patches after one of the layers, beside the projector."""
+        return []
+
+    @abstractmethod
+    def tower_rows(self, core: Any, kind: str, encoding: Encoding) -> TowerRows:
+        """How the rows of the tower's layers lie for this input."""
+
+    @abstractmethod
+    def tower_pixels(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        """``[patches, F]`` float32 colours, in 0..1, of all patches, as ``TowerRows.places`` counts them."""
+
+    @abstractmethod
+    def tower_block(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """Norm, attention, norm and MLP of a tower layer, of which each pair adds to the hidden states."""
+
+    @abstractmethod
+    def tower_projections(
+        self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """``[rows, heads, d]`` queries, keys and values of ``hidden [rows, Dv]``, and the scale of the logits."""
+
+    @abstractmethod
+    def tower_output(self, attention: Any, mixed: Tensor) -> Any:
+        """What a tower's attention module returns where its heads give ``mixed [rows, heads, d]``."""
+
     @abstractmethod
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         """``[size, K]`` for each item: ``values [patches, K]`` of the tower, pooled and ordered as the features are."""
@@ -334,6 +384,7 @@ __all__ = [
     "ModelAdapter",
     "Part",
     "Segment",
+    "TowerRows",
     "TowerStates",
     "find_adapter",
     "supported_models",

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, Segment, TowerStates
+from spatiotoken.patches.adapter import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Encoding,
+    Item,
+    ModelAdapter,
+    Part,
+    Segment,
+    TowerRows,
+    TowerStates,
+)
 from spatiotoken.undo import Undo
 from spatiotoken.vision.exact import in_parts, skipped
 
@@ -45,6 +55,43 @@ class ClipTower(ModelAdapter):
         query, key = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
         places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
         return [TowerStates(places, query, key, attention.scale)]
+
+    def tower_rows(self, core: Any, kind: str, encoding: Encoding) -> TowerRows:
+        side = self.tower_side(core)
+        return TowerRows(tuple((frames, side, side) for frames in self.view_counts(core, kind, encoding)))
+
+    def tower_side(self, core: Any) -> int:
+        """Patches along one side of a view."""
+        vision = core.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    @abstractmethod
+    def view_counts(self, core: Any, kind: str, encoding: Encoding) -> list[int]:
+        """Views that are frames of one video, for each video; images have 1 for each of their views."""
+
+    @abstractmethod
+    def views(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        """``[views, 3, height, width]`` what the tower is given."""
+
+    def tower_pixels(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        patch, side = core.config.vision_config.patch_size, self.tower_side(core)
+        views = self.views(core, kind, encoding)[..., : side * patch, : side * patch]
+        colours = self.colours(views.movedim(1, -1)).unflatten(2, (side, patch)).unflatten(1, (side, patch))
+        return colours.transpose(2, 3).flatten(3).flatten(0, 2)
+
+    def tower_block(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return layer.layer_norm1, layer.self_attn, layer.layer_norm2, layer.mlp
+
+    def tower_projections(
+        self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = (project(hidden).unflatten(-1, (-1, attention.head_dim)) for project in projections)
+        return query, key, value, attention.scale
+
+    def tower_output(self, attention: Any, mixed: Tensor) -> Any:
+        # As a batch of one, which is how packed rows go through these layers.
+        return attention.out_proj(mixed.flatten(1))[None], None
 
     def has_cls(self, core: Any) -> bool:
         return hasattr(core.vision_tower.embeddings, "class_embedding")
@@ -110,9 +157,21 @@ class Llava(ClipTower):
         parts = torch.split(features[0], sizes)
         output.pooler_output = torch.stack(parts) if stacked else list(parts)
 
+    def view_counts(self, core: Any, kind: str, encoding: Encoding) -> list[int]:
+        if kind == "video":
+            videos, frames = encoding["pixel_values_videos"].shape[:2]
+            return [frames] * videos
+        return [1] * sum(self._view_counts(core, encoding))
+
+    def views(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        if kind == "video":
+            return encoding["pixel_values_videos"].flatten(0, 1)
+        pixels, counts = encoding["pixel_values"], self._view_counts(core, encoding)
+        # One batch of padded views for each image, as processors give them, or the views alone.
+        return torch.cat([image[:n] for image, n in zip(pixels, counts, strict=True)]) if pixels.ndim == 5 else pixels
+
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
-        vision = core.config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = self.tower_side(core)
         views = values.float().unflatten(0, (-1, side**2))
         if kind == "video":
             pooled = self.pool(core, views.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
@@ -147,8 +206,7 @@ class Llava(ClipTower):
     def _image(self, core: Any, size: Any, single: bool, limit: int | None) -> Item:
         """The whole view, then the tiles joined to one picture without its padding, a newline after each line."""
         modeling = sys.modules[type(core).__module__]
-        vision = core.config.vision_config
-        side = vision.image_size // vision.patch_size
+        vision, side = core.config.vision_config, self.tower_side(core)
         whole = Segment(0, (1, side, side), side)
         if not single:
             return Item(side * side + 1, (whole,))
@@ -184,17 +242,20 @@ class LlavaImages(ClipTower):
         return core
 
     def items(self, core: Any, kind: str, encoding: Encoding) -> list[Item]:
-        return [Item.of_grid((1, self._side(core), self._side(core))) for _ in range(len(encoding["pixel_values"]))]
+        side = self.tower_side(core)
+        return [Item.of_grid((1, side, side)) for _ in range(len(encoding["pixel_values"]))]
+
+    def view_counts(self, core: Any, kind: str, encoding: Encoding) -> list[int]:
+        return [1] * len(encoding["pixel_values"])
+
+    def views(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        return encoding["pixel_values"]
 
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
-        return list(values.float().split(self._side(core) ** 2))
+        return list(values.float().split(self.tower_side(core) ** 2))
 
     def arrange_views(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         return list(values.split(1))
-
-    def _side(self, core: Any) -> int:
-        vision = core.config.vision_config
-        return vision.image_size // vision.patch_size
 
 
 class LlavaOnevision(Llava):
@@ -205,8 +266,7 @@ class LlavaOnevision(Llava):
     trailing: ClassVar[tuple[int, ...]] = (0, 1)
 
     def pooled_side(self, core: Any) -> int:
-        vision = core.config.vision_config
-        return math.ceil(vision.image_size // vision.patch_size / 2)
+        return math.ceil(self.tower_side(core) / 2)
 
     def max_tiles(self, core: Any, encoding: Encoding) -> int:
         return int(_aspect_ratio(core, encoding).removeprefix("anyres_max_"))
@@ -229,8 +289,7 @@ class LlavaNextVideo(Llava):
     pixel_std = CLIP_STD
 
     def pooled_side(self, core: Any) -> int:
-        vision = core.config.vision_config
-        return vision.image_size // vision.patch_size // core.config.spatial_pool_stride
+        return self.tower_side(core) // core.config.spatial_pool_stride
 
     def pool(self, core: Any, views: Tensor) -> Tensor:
         # The mean, whatever the features are pooled by: learnt convolutions fit these alone.

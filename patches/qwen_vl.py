@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, TowerStates
+from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, TowerRows, TowerStates
 from spatiotoken.undo import Undo
 from spatiotoken.vision.exact import SLOT, PackedTower, register_packed
 
@@ -102,9 +102,7 @@ class QwenVL(ModelAdapter):
         return layer.attn
 
     def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
-        query, key, _ = attention.qkv(hidden).view(hidden.shape[0], 3, attention.num_heads, -1).unbind(1)
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-        query, key = rotate(query, key, *arguments["position_embeddings"])
+        query, key, *_ = self.tower_projections(attention, hidden, arguments)
         bounds: list[int] = arguments["cu_seqlens"].tolist()
         starts: dict[int, list[int]] = {}
         for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -116,15 +114,63 @@ class QwenVL(ModelAdapter):
             states.append(TowerStates(places, chunk_query, chunk_key, attention.scaling))
         return states
 
+    def tower_span(self, core: Any) -> list[nn.Module]:
+        return list(core.visual.blocks)
+
+    def windowed_layers(self, core: Any) -> frozenset[int]:
+        whole = getattr(core.visual, "fullatt_block_indexes", None)
+        return frozenset() if whole is None else frozenset(range(len(core.visual.blocks))) - set(whole)
+
+    def tower_rows(self, core: Any, kind: str, encoding: Encoding) -> TowerRows:
+        merge, grids = core.visual.spatial_merge_size, _grids(encoding, kind)
+        blocks, count = [], 0
+        for t, h, w in grids:
+            patches = torch.arange(count, count + t * h * w).view(t, h // merge, merge, w // merge, merge)
+            blocks.append(patches.transpose(2, 3).reshape(-1, merge * merge))
+            count += t * h * w
+        places, windows = torch.cat(blocks), None
+        if hasattr(core.visual, "window_size"):
+            order, bounds = self._windows(core, kind, encoding)
+            places, windows = places[order.cpu()], tuple(bounds.diff().tolist())
+        device = core.visual.patch_embed.proj.weight.device
+        return TowerRows(tuple(grids), places.flatten().to(device), windows)
+
+    def tower_pixels(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
+        pixels = encoding["pixel_values_videos" if kind == "video" else "pixel_values"]
+        rows = pixels.unflatten(1, (core.config.vision_config.in_channels, -1)).transpose(1, 2)
+        colours, merge, found = self.colours(rows).flatten(1), core.visual.spatial_merge_size, []
+        grids = _grids(encoding, kind)
+        for (t, h, w), video in zip(grids, colours.split([t * h * w for t, h, w in grids]), strict=True):
+            blocks = video.view(t, h // merge, w // merge, merge, merge, -1)
+            found.append(blocks.transpose(2, 3).reshape(t * h * w, -1))
+        return torch.cat(found)
+
+    def tower_block(self, layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return layer.norm1, layer.attn, layer.norm2, layer.mlp
+
+    def tower_projections(
+        self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        query, key, value = attention.qkv(hidden).view(hidden.shape[0], 3, attention.num_heads, -1).unbind(1)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        query, key = rotate(query, key, *arguments["position_embeddings"])
+        return query, key, value, attention.scaling
+
+    def tower_output(self, attention: Any, mixed: Tensor) -> Any:
+        return attention.proj(mixed.flatten(1))
+
     def arrange(self, core: Any, kind: str, encoding: Encoding, values: Tensor) -> list[Tensor]:
         visual = core.visual
         merged = values.float().unflatten(0, (-1, visual.spatial_merge_size**2)).mean(dim=1)
         if hasattr(visual, "window_size"):
-            order, _ = get_vision_window_index(
-                encoding[f"{kind}_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
-            )
+            order, _ = self._windows(core, kind, encoding)
             merged = torch.empty_like(merged).index_copy_(0, order.to(merged.device), merged)
         return list(merged.split([item.size for item in self.items(core, kind, encoding)]))
+
+    def _windows(self, core: Any, kind: str, encoding: Encoding) -> tuple[Tensor, Tensor]:
+        """The order of Qwen2.5-VL's blocks of patches, window by window, and the bounds of windows in patches."""
+        visual, grids = core.visual, encoding[f"{kind}_grid_thw"]
+        return get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
 
 
 class Qwen3VL(QwenVL):
@@ -134,6 +180,9 @@ class Qwen3VL(QwenVL):
     has_deepstack: ClassVar[bool] = True
     pixel_mean = (0.5, 0.5, 0.5)
     pixel_std = (0.5, 0.5, 0.5)
+
+    def whole_inputs(self, core: Any) -> list[nn.Module]:
+        return list(core.visual.deepstack_merger_list)
 
     def read(self, output: Any) -> list[Tensor]:
         return [*super().read(output), *(_joined(features) for features in output.deepstack_features)]

@@ -11,6 +11,7 @@ from spatiotoken.layers import LayerReducer
 from spatiotoken.patches.adapter import ADAPTERS
 from spatiotoken.registry import METHODS, STAGES, Method
 from spatiotoken.tokens import TokenReducer
+from spatiotoken.vision import TowerReducer
 
 
 def available() -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _describe(method: type[Method]) -> dict[str, Any]:
         "paper": method.paper,
         "parameters": parameters,
     }
-    if issubclass(method, FrameSelector | TokenReducer | LayerReducer | SparsePrefill):
+    if issubclass(method, FrameSelector | TowerReducer | TokenReducer | LayerReducer | SparsePrefill):
         described |= {
             "kind": method.kind,
             "needs": sorted(method.needs),
@@ -76,12 +77,17 @@ def _link(paper: str | None) -> str:
 
 
 def methods_page() -> str:
-    """``docs/methods.md``: what chooses frames, reduces tokens, and computes attention sparsely."""
+    """``docs/methods.md``: what chooses frames, reduces patches and tokens, and computes attention sparsely."""
     lines = [_PAGE_HEAD]
     selectors = [method for _, method in sorted(METHODS["frames"].items().items()) if issubclass(method, FrameSelector)]
     for kind in _FRAME_KINDS:
         lines += [f"\n### {kind.capitalize()}\n", _FRAME_TABLE_HEAD]
         lines += [_frame_row(method) for method in selectors if method.kind == kind]
+    lines.append(_TOWER_HEAD)
+    towers = [method for _, method in sorted(METHODS["vision"].items().items()) if issubclass(method, TowerReducer)]
+    for kind in _TOWER_KINDS:
+        lines += [f"\n### {kind.capitalize()}\n", _TOWER_TABLE_HEAD]
+        lines += [_tower_row(method) for method in towers if method.kind == kind]
     lines.append(_REDUCERS_HEAD)
     known = presets()
     reducers = [
@@ -130,6 +136,16 @@ vision tower. *Needs*: features of each frame, or of its patches; its relevance 
 those frames that the method wants to look at. *Scorer*: what makes these by default; any may be set that can:
 `pixels` (colours, no model), `dinov2`, `clip`, `siglip2`, or `tower`, the vision tower of the model that answers. The
 question is read by the last three. *Cost*: T candidates, K chosen ones, F features, without the scorer's."""
+_TOWER_KINDS = ("before the tower", "merging in a frame", "merging over time", "pruning")
+_TOWER_TABLE_HEAD = """\
+| method | paper | parameters | needs | cost | compared with |
+|---|---|---|---|---|---|"""
+_TOWER_HEAD = """
+## Which patches are computed: `vision`
+
+Within the vision tower. Its output is whole again at the end, each patch with the value of whatever stands for it, so
+the language model gets as many tokens as before unless a method of another stage leaves some out. *Needs*: the colours
+of the patches, or attention of the layer at hand. *Cost*: T frames, N patches a frame, D channels."""
 _REDUCERS_HEAD = """
 ## Which tokens are left: `tokens` and `layers`
 
@@ -161,6 +177,18 @@ def _attention_row(method: type[SparsePrefill]) -> str:
         f"`{method.name}`",
         _link(method.paper),
         _parameters(method, {"backend"}),
+        ", ".join(sorted(method.needs)) or "nothing",
+        method.complexity,
+        method.fidelity,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _tower_row(method: type[TowerReducer]) -> str:
+    cells = [
+        f"`{method.name}`",
+        _link(method.paper),
+        _parameters(method, set()),
         ", ".join(sorted(method.needs)) or "nothing",
         method.complexity,
         method.fidelity,

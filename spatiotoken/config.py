@@ -24,6 +24,7 @@ from spatiotoken.frames import FrameSelector
 from spatiotoken.layers import LayerReducer
 from spatiotoken.registry import METHODS, STAGES, Method
 from spatiotoken.tokens import TokenReducer
+from spatiotoken.vision import TowerReducer
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,7 @@ class PatchConfig(BaseModel):
         False, description="run the vision tower in fewer calls and less memory; the same values but for rounding"
     )
     frames: SerializeAsAny[FrameSelector] | None = Field(None, description="which frames are seen at all")
+    vision: SerializeAsAny[TowerReducer] | None = Field(None, description="fewer patches within the vision tower")
     tokens: SerializeAsAny[TokenReducer] | None = Field(None, description="prune or merge before the language model")
     layers: SerializeAsAny[LayerReducer] | None = Field(None, description="prune or merge between decoder layers")
     attention: SerializeAsAny[SparsePrefill] | None = Field(None, description="compute prefill attention sparsely")
@@ -182,7 +184,7 @@ def _preset_name(name: str) -> tuple[str, int | None]:
 
 
 def _at_percent(data: dict[str, Any], percent: int, where: str) -> dict[str, Any]:
-    for stage in ("tokens", "layers"):
+    for stage in ("tokens", "layers", "vision"):
         settings = data.get(stage) or {}
         if settings and "retention" in METHODS[stage].get(str(settings.get("method"))).model_fields:
             if not 1 <= percent <= 100:

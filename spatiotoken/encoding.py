@@ -1,4 +1,4 @@
-"""The ``frames`` and ``tokens`` stages, around a model's ``get_video_features`` and ``get_image_features``.
+"""The ``frames``, ``vision`` and ``tokens`` stages, around a model's ``get_video_features`` and ``get_image_features``.
 
 Whatever is left out, the features go on in their full length, survivors at their own places and the other rows marked
 (``sequence.mark_dropped``): placeholders, grids and positions in the rest of the model stay right as they are.
@@ -27,6 +27,7 @@ from spatiotoken.structures import VideoFeatures
 from spatiotoken.tokens.base import TokenReducer
 from spatiotoken.tokens.merging import mean_by_assignment
 from spatiotoken.tower import ItemExtras, TowerReader, joined
+from spatiotoken.tower_stage import TowerStage
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Encoded:
 
 
 class FeatureStages:
-    """Runs the two stages for one model.
+    """Runs the stages before the language model for one model.
 
     Args:
         processor: the model's, for frame selectors that read the question.
@@ -77,9 +78,10 @@ class FeatureStages:
         self.adapter = adapter
         self.core = core
         self.config = config
+        self.tower = TowerStage(adapter, core, config.vision) if config.vision else None
         self.reader: TowerReader | None = None
         if config.tokens is not None and config.tokens.needs - {"question"}:
-            self.reader = TowerReader(adapter, core, config.tokens)
+            self.reader = TowerReader(adapter, core, config.tokens, self.tower)
         self.candidates = Candidates(adapter, core, config.frames, processor) if config.frames else None
 
     def run(
@@ -108,7 +110,7 @@ class FeatureStages:
         chosen = None
         if self.candidates is not None and kind == "video":
             chosen = self._choose_frames(encoding, full, encode, recorder, prompt)
-        encoded = self._encode(kind, encoding, full, joined_from, chosen, encode)
+        encoded = self._encode(kind, encoding, full, joined_from, chosen, encode, recorder)
         features, trailing = encoded.features, encoded.trailing
         device = features[0].device
         sizes = [item.size + trailing for item in full]
@@ -155,6 +157,7 @@ class FeatureStages:
         joined_from: list[int],
         chosen: Choice | None,
         encode: Callable[..., Any],
+        recorder: Recorder,
     ) -> _Encoded:
         """Run the tower on what was chosen.
 
@@ -162,7 +165,7 @@ class FeatureStages:
             joined_from: how many of the tower's own items make up each of ``full``.
         """
         if chosen is None:
-            return self._encode_once(kind, encoding, full, joined_from, encode)
+            return self._encode_once(kind, encoding, full, joined_from, encode, recorder)
         calls, first = [], 0
         for taken, count in self.adapter.take_frames(self.core, encoding, chosen):
             own = chosen[first : first + count]
@@ -170,10 +173,10 @@ class FeatureStages:
             items = [reduced_item(item, parts) for item, parts in zip(full[first : first + count], own, strict=True)]
             if not self.adapter.parts_apart:
                 whole = self.adapter.items(self.core, kind, taken)
-                call = self._encode_once(kind, taken, whole, sizes, encode)
+                call = self._encode_once(kind, taken, whole, sizes, encode, recorder)
                 call = _pooled(call, full[first : first + count], own, items)
             else:
-                call = self._encode_once(kind, taken, items, sizes, encode)
+                call = self._encode_once(kind, taken, items, sizes, encode, recorder)
             calls.append(call)
             first += count
         features = [torch.cat(values) for values in zip(*(call.features for call in calls), strict=True)]
@@ -182,13 +185,23 @@ class FeatureStages:
         return _Encoded(calls[0].output, items, features, extras, calls[0].trailing)
 
     def _encode_once(
-        self, kind: str, encoding: dict[str, Any], items: list[Item], sizes: list[int], encode: Callable[..., Any]
+        self,
+        kind: str,
+        encoding: dict[str, Any],
+        items: list[Item],
+        sizes: list[int],
+        encode: Callable[..., Any],
+        recorder: Recorder,
     ) -> _Encoded:
         """
         Args:
             sizes: how many of the tower's own items make up each of ``items``.
         """
-        with self.reader.reading() if self.reader else nullcontext() as seen:
+        reduced = self.tower if kind == "video" or self.config.images else None
+        with (
+            reduced.running(kind, encoding, sizes, recorder) if reduced else nullcontext(),
+            self.reader.reading() if self.reader else nullcontext() as seen,
+        ):
             output = encode(encoding)
         features = self.adapter.read(output)
         extras = [ItemExtras()] * len(items)

@@ -146,12 +146,15 @@ class _Patch:
             for owner in (self.model, self.core):
                 self.undo.set(owner, HANDLE, self)
             if config.fast_tower:
-                self.adapter.fast_tower(self.core, self.undo, read_within=self.features.reader is not None)
+                within = self.features.reader is not None or config.vision is not None
+                self.adapter.fast_tower(self.core, self.undo, read_within=within)
+            if self.features.tower:
+                self.features.tower.attach(functools.partial(self._wrap, keep_positional=True))
             # What takes part: where something is reduced, or the `layers` method wants to know how features lie.
             placed = config.places_tokens
             taken = {
-                "video": config.frames or config.tokens or placed,
-                "image": (config.images and config.tokens) or placed,
+                "video": config.frames or config.vision or config.tokens or placed,
+                "image": (config.images and (config.vision or config.tokens)) or placed,
             }
             for kind in self.adapter.kinds:
                 encode = self._encode if taken[kind] else self._time_encoding
@@ -363,7 +366,7 @@ def _check_kinds(adapter: ModelAdapter, config: PatchConfig) -> None:
             f"{family} takes images only, so frames method {config.frames.name!r} has no video to choose from inside "
             "the model: choose frames while the file is read, by load_video(path, selector=...)"
         )
-    if (config.tokens or config.layers) and not config.images:
+    if (config.vision or config.tokens or config.layers) and not config.images:
         raise ValueError(
             f"{family} takes images only, and with `images: false` these are not reduced: set `images: true` (each by "
             "itself) or `images: frames` (all of one prompt as the frames of one video)"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-STAGES = ("frames", "tokens", "layers", "attention")
+STAGES = ("frames", "vision", "tokens", "layers", "attention")
 """Stages that can be configured, in the order in which the data passes them."""
 
 Retention = Annotated[float, Field(gt=0.0, le=1.0, description="share of the tokens that is kept")]

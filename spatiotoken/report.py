@@ -60,6 +60,8 @@ class ForwardReport:
         prefill_flops: estimate for the decoder layers, with ``prefill_flops_dense`` what they would need unreduced.
         peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU, since the process began (or since
             ``torch.cuda.reset_peak_memory_stats``).
+        tower_rows: rows that entered each layer of the vision tower, CLS tokens included; none without a method of the
+            stage ``vision``.
         frames: for each video of the prefill the kept temporal units, None where all were.
         layer_tokens: how many tokens entered each decoder layer.
         seen: for each sample and each of its video tokens (newlines included), whether the last decoder layer still had
@@ -79,6 +81,7 @@ class ForwardReport:
     prefill_flops: float
     prefill_flops_dense: float
     peak_memory_bytes: int
+    tower_rows: tuple[int, ...]
     frames: tuple[tuple[int, ...], ...] | None
     layer_tokens: tuple[int, ...]
     seen: tuple[tuple[bool, ...], ...] | None
@@ -103,6 +106,7 @@ class Recorder:
         # ``[B, L]``: which tokens of the prompt left the last decoder layer.
         self.at_the_end: Tensor | None = None
         self.decode_steps = 0
+        self._tower_rows: list[int] = []
         # Sequence lengths of each decoder layer, one entry per sample: what the arithmetic is estimated from.
         self.layer_lengths: list[list[int] | Tensor] = [[] for _ in range(depth)]
         self.dense_lengths: list[int] | Tensor = []
@@ -116,6 +120,16 @@ class Recorder:
         entry = self._stages.setdefault(stage, _Stage(method))
         entry.tokens_in = entry.tokens_in + tokens_in
         entry.tokens_out = entry.tokens_out + tokens_out
+
+    def tower(self, method: str, patches: int, rows: list[int]) -> None:
+        """Note a run of the vision tower.
+
+        Args:
+            patches: rows that it would have without the method.
+            rows: that entered each of its layers.
+        """
+        self.stage("vision", method, patches, rows[-1])
+        self._tower_rows = [a + b for a, b in zip(self._tower_rows or [0] * len(rows), rows, strict=True)]
 
     def attended(self, layer: int, length: int, density: float, backend: str) -> None:
         """Note how one row of ``length`` tokens attended in a decoder layer."""
@@ -156,6 +170,7 @@ class Recorder:
             prefill_flops=_flops(layers, layer_lengths, {entry.layer: entry.density for entry in attention}),
             prefill_flops_dense=_flops(layers, dense_lengths, {}),
             peak_memory_bytes=peak_memory_bytes(self.device),
+            tower_rows=tuple(self._tower_rows),
             frames=self.frames,
             layer_tokens=tuple(sum(lengths) for lengths in layer_lengths),
             seen=self._seen(),

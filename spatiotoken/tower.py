@@ -7,7 +7,7 @@ chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spatiotoken.patches.adapter import Encoding, ModelAdapter
 from spatiotoken.tokens.base import Attention, SaliencyReducer, TokenReducer
+from spatiotoken.tower_stage import TowerStage
 
 _WEIGHTS = 1 << 25
 """Attention weights that are held at a time."""
@@ -65,12 +66,19 @@ class _Seen:
 class TowerReader:
     """Reads what one method needs from one model's tower.
 
+    Args:
+        reduced: what leaves out patches within the tower; read are all of them nevertheless, each with the values of
+            whatever stands for it.
+
     Raises:
         ValueError: the method wants the attention of a part that the tower lacks.
     """
 
-    def __init__(self, adapter: ModelAdapter, core: Any, method: TokenReducer) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, core: Any, method: TokenReducer, reduced: TowerStage | None = None
+    ) -> None:
         self.adapter = adapter
+        self.whole = reduced.whole if reduced else _as_given
         self.core = core
         self.needs = method.needs
         self.layers = adapter.tower_layers(core)
@@ -93,9 +101,11 @@ class TowerReader:
             wanted.add(len(self.layers) - 1)
         for index in sorted(wanted):
             module = self.adapter.tower_attention(self.layers[index])
-            handles.append(module.register_forward_pre_hook(_catch_attention(seen, index), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(_catch_attention(seen, index, self.whole), with_kwargs=True)
+            )
         if self.needs & {"hidden", "frame_features"}:
-            handles.append(self.layers[-1].register_forward_hook(_catch_hidden(seen)))
+            handles.append(self.layers[-1].register_forward_hook(_catch_hidden(seen, self.whole)))
         try:
             yield seen
         finally:
@@ -200,17 +210,24 @@ def _flat(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, -2)
 
 
-def _catch_attention(seen: _Seen, index: int) -> Any:
+_Whole = Callable[[Tensor, Mapping[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+def _as_given(hidden: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    return hidden, dict(arguments)
+
+
+def _catch_attention(seen: _Seen, index: int, whole: _Whole) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         rest = dict(arguments)
-        seen.attention[index] = module, args[0] if args else rest.pop("hidden_states"), rest
+        seen.attention[index] = module, *whole(args[0] if args else rest.pop("hidden_states"), rest)
 
     return hook
 
 
-def _catch_hidden(seen: _Seen) -> Any:
+def _catch_hidden(seen: _Seen, whole: _Whole) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.hidden = output[0] if isinstance(output, tuple) else output
+        seen.hidden, _ = whole(output[0] if isinstance(output, tuple) else output, {})
 
     return hook
 

@@ -186,6 +186,7 @@ class VideoCache:
         patch = self.model.__dict__.get(_PATCH)
         if patch is not None and patch.features.reader is not None:
             return None
+        reduced = "" if patch is None or patch.features.tower is None else patch.features.tower.described()
         if torch.is_grad_enabled() and (pixels.requires_grad or any(x.requires_grad for x in self._tower_weights())):
             return None
         kind = pixels.device.type
@@ -198,7 +199,7 @@ class VideoCache:
             described = _described({name: value for name, value in said.items() if value is not None})
         except TypeError:
             return None
-        return key(self._tower_identity(), name, autocast, described)
+        return key(self._tower_identity(), name, autocast, described, reduced)
 
     def _find(self, known: str) -> Features | None:
         found = self._recent.get(known)

@@ -38,6 +38,7 @@ KEEP_ALL: dict[tuple[str, str], dict[str, Any]] = {
     ("frames", "tifre"): {"num_frames": 1000, "scorer": "tower"},
     ("frames", "ts_llava"): {"num_frames": 1000},
     ("frames", "tstar"): {"num_frames": 1000, "scorer": "tower"},
+    ("vision", "static_patches"): {"retention": 1.0},
     ("tokens", "random"): {"retention": 1.0},
     ("tokens", "dcode_tokens"): {"retention": 1.0, "threshold": 1.0},
     ("tokens", "ts_llava_tokens"): {"retention": 1.0},
@@ -120,6 +121,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
     ("frames", "tifre"): {"num_frames": 2, "scorer": "tower"},
     ("frames", "ts_llava"): {"num_frames": 2},
     ("frames", "tstar"): {"num_frames": 2, "scorer": "tower"},
+    ("vision", "static_patches"): {"retention": 0.5},
     ("tokens", "random"): {"retention": 0.3},
     ("tokens", "dcode_tokens"): {"retention": 0.4},
     ("tokens", "ts_llava_tokens"): {"retention": 0.3},
@@ -217,6 +219,7 @@ REDUCED: dict[tuple[str, str], dict[str, Any]] = {
 
 REPRESENTATIVE = (
     *("kmeans", "slow_fast", "tifre"),
+    *("static_patches",),
     *("random", "downsample", "visionzip", "cdpruner"),
     *("fastv", "sttm", "transprune", "dyvte"),
     *("sliding_vertical", "mminference", "token_sparse", "psa"),

@@ -54,7 +54,7 @@ BAD: list[tuple[Any, dict[str, Any], list[str]]] = [
     (None, {}, ["a preset's name", "None"]),
     ({"images": "perhaps"}, {}, ["images", "perhaps"]),
     ({}, {"tokens.retention": 0.5}, ["tokens.retention", "tokens.method"]),
-    ({}, {"tokenz.retention": 0.5}, ["tokenz", "frames, tokens, layers, attention"]),
+    ({}, {"tokenz.retention": 0.5}, ["tokenz", "frames, vision, tokens, layers, attention"]),
     ("evs", {"tokens.retention": 2}, ["tokens.retention", "2"]),
     ("evs", {"tokens.nothing": 2}, ["tokens.nothing", "retention"]),
 ]

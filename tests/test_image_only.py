@@ -59,7 +59,9 @@ def test_reduced(image_family: Family, config: PatchConfig, monkeypatch: pytest.
         again = image_family.logits(fed, use_cache=False)[:, -len(cached.scores) - 1 : -1]
     torch.testing.assert_close(torch.stack(cached.scores, dim=1), again, atol=2e-4, rtol=1e-4)
     report = last_report(image_family.model)
-    if config.attention is None:
+    if config.vision is not None:
+        assert min(report.tower_rows) < report.stages["vision"].tokens_in
+    elif config.attention is None:
         assert min(report.layer_tokens) < report.prompt_tokens
     else:
         assert all(entry.density < 1 for entry in report.attention)

@@ -23,7 +23,7 @@ _EXTRACTORS = ("get_video_features", "get_image_features")
 def leaves_the_tower_alone(config: PatchConfig) -> bool:
     """Whether the tower does the same under a config as in the unpatched model, with nothing read off within."""
     reads_within = config.tokens is not None and not config.tokens.needs <= {"question"}
-    return config.frames is None and not reads_within and not config.fast_tower
+    return config.frames is None and config.vision is None and not reads_within and not config.fast_tower
 
 
 class SharedTower:

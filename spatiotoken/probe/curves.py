@@ -22,6 +22,8 @@ from spatiotoken.registry import METHODS
 
 RETENTIONS = (0.5, 0.25, 0.15, 0.1)
 """Asked of every method that has a retention ratio."""
+TOWER_RETENTIONS = (0.75, 0.5, 0.25)
+"""The same of `vision` methods."""
 SWEEPS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
     ("tokens", "correlation_guided"): tuple({"repeats": value} for value in (0.9, 0.6, 0.3, 0.1)),
     ("tokens", "dycoke"): tuple({"merging_ratio": value} for value in (0.3, 0.6, 0.9, 1.0)),
@@ -52,6 +54,7 @@ AT_HALF = {"fastv": {"layer": 1, "retention": 0.4}, "holitom_merge": {"layer": 1
 
 _NEEDLES = 96
 _SHORT = " on short prompts"
+_WITHIN_TOWER = "within the vision tower"
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class Curves:
 _INTRODUCTION = """\
 # Accuracy on the probe
 
-Every preset, every method of the stages `tokens` and `layers` at several budgets, and sparse prefill, on the probe
-models that come with the package: the first {limit} questions of the test split ({frames} frames of 64 x 64 pixels;
-{each} questions of each family). Made by
+Every preset, every method of the stages `vision`, `tokens` and `layers` at several budgets, and sparse prefill, on the
+probe models that come with the package: the first {limit} questions of the test split ({frames} frames of 64 x 64
+pixels; {each} questions of each family). Made by
 
     {command}
 
@@ -98,6 +101,13 @@ Of each `layers` method what comes closest to half of the visual tokens in the a
 baselines, which leave out half before the model. *Beats random*: its accuracy is above that of `random`; "in doubt"
 where `random`'s lies in its interval.
 """
+_TOWER_HEAD = """\
+### Within the vision tower
+
+`vision` methods leave the language model all of its tokens, each with what the tower made of the patch that stands for
+its own. *Rows* are those of the average tower layer, as a share of all; a frame has 64 of them in these towers, and
+`-50` is what a method leaves behind its last layer.
+"""
 _SPARSE_HEAD = """\
 ### Sparse prefill
 
@@ -122,13 +132,13 @@ def configs() -> dict[str, PatchConfig]:
     for name in METHODS["attention"].items():
         del known[name]
     found = {"dense": known.pop("dense"), **{name: at_hand(config) for name, config in known.items()}}
-    for stage in ("tokens", "layers"):
+    for stage in ("vision", "tokens", "layers"):
         for name, method in sorted(METHODS[stage].items().items()):
             if (stage, name) in SWEEPS:
                 for settings in SWEEPS[stage, name]:
                     found[f"{name} {_label(settings)}"] = load_config({stage: {"method": name, **settings}})
             elif "retention" in method.model_fields:
-                for retention in RETENTIONS:
+                for retention in TOWER_RETENTIONS if stage == "vision" else RETENTIONS:
                     config = load_config({stage: {"method": name, "retention": retention}})
                     found[f"{name}-{round(100 * retention)}"] = config
             if name in AT_HALF:
@@ -166,7 +176,7 @@ def _curves_of(model_type: str, limit: int, num_frames: int, threads: int) -> Cu
 
 
 def draw(curves: Mapping[str, Curves], path: Path) -> None:
-    """A row of panels for each model, one for each kind of method: its curves over those of the baselines."""
+    """A row of panels for each model, one for each kind of method: its curves, and those of the baselines."""
     from matplotlib.figure import Figure
 
     kinds: dict[str, list[str]] = {}
@@ -174,17 +184,20 @@ def draw(curves: Mapping[str, Curves], path: Path) -> None:
         for name, method in sorted(METHODS[stage].items().items()):
             if name not in BASELINES:
                 kinds.setdefault(getattr(method, "kind", stage), []).append(name)
+    kinds[_WITHIN_TOWER] = sorted(METHODS["vision"].items())
     figure = Figure(figsize=(6 * len(kinds), 5 * len(curves)), layout="constrained")
     panels = figure.subplots(len(curves), len(kinds), squeeze=False, sharex=True, sharey="row")
     for row, (model, measured) in zip(panels, curves.items(), strict=True):
         model_runs = measured.runs
         for axes, (kind, names) in zip(row, kinds.items(), strict=True):
-            for name, style in zip(BASELINES, ("--", ":"), strict=True):
+            baselines = () if kind == _WITHIN_TOWER else BASELINES
+            for name, style in zip(baselines, ("--", ":"), strict=False):
                 axes.plot(*_points(name, model_runs), style, color="0.4", label=name)
             for number, name in enumerate(names):
                 marker = "osD^v"[number // 10]
                 axes.plot(*_points(name, model_runs), f"{marker}-", markersize=4, linewidth=1, label=name)
-            axes.set(title=f"{model}: {kind}", xlabel="retention of visual tokens", xlim=(0, 1.02))
+            share = "rows of the average tower layer" if kind == _WITHIN_TOWER else "retention of visual tokens"
+            axes.set(title=f"{model}: {kind}", xlabel=share, xlim=(0, 1.02))
             axes.grid(alpha=0.3)
             axes.legend(loc="lower right", fontsize=8)
         row[0].set(ylabel="accuracy")
@@ -192,10 +205,11 @@ def draw(curves: Mapping[str, Curves], path: Path) -> None:
 
 
 def _points(method: str, runs: Sequence[ProbeRun]) -> tuple[list[float], list[float]]:
-    """Retention and accuracy of a method at its budgets, and of the unreduced model."""
+    """Retention (in the tower, if that is where it is) and accuracy of a method at its budgets, and unreduced."""
     own = [run for run in runs if run.config == "dense" or run.config.startswith((f"{method}-", f"{method} "))]
-    own.sort(key=lambda run: run.retention)
-    return [run.retention for run in own], [run.accuracy for run in own]
+    shares = {id(run): run.tower if method in METHODS["vision"].items() else run.retention for run in own}
+    own.sort(key=lambda run: shares[id(run)])
+    return [shares[id(run)] for run in own], [run.accuracy for run in own]
 
 
 def write_page(
@@ -212,10 +226,13 @@ def write_page(
     parts = [_INTRODUCTION.format(**head, machine=machine, picture=picture.name)]
     for model, measured in curves.items():
         sparse = [run for run in measured.runs if run.config.endswith(_SHORT)]
-        others = [run for run in measured.runs if run not in sparse]
+        within = [run for run in measured.runs if _is_vision(run.config)]
+        others = [run for run in measured.runs if run not in sparse and run not in within]
         parts.append(f"## {model}\n\n" + "\n".join(_table(others)) + "\n")
         parts.append(_HALF_HEAD)
         parts.append("\n".join(_half_table(others)) + "\n")
+        parts.append(_TOWER_HEAD)
+        parts.append("\n".join(_tower_table([others[0], *within])) + "\n")
         parts.append(_SPARSE_HEAD)
         parts.append("\n".join(_sparse_table([others[0], *sparse])) + "\n")
         parts.append(_NEEDLE_HEAD.format(limit=_NEEDLES, candidates=CANDIDATES, kept=KEPT))
@@ -270,14 +287,33 @@ def _half_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
         yield _row([run.config, *cells, better])
 
 
+def _is_vision(config: str) -> bool:
+    """Whether a config is that of a `vision` method alone."""
+    return any(config == name or config.startswith((f"{name}-", f"{name} ")) for name in METHODS["vision"].items())
+
+
+def _tower_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
+    yield from _share_table(
+        "rows", [(f"`{run.config}`" if _is_vision(run.config) else run.config, run.tower, run) for run in runs]
+    )
+
+
 def _sparse_table(runs: Sequence[ProbeRun]) -> Iterable[str]:
-    titles = ["method", "density", "accuracy", "interval", *FAMILIES]
+    named = [f"`{run.config.removesuffix(_SHORT)}`" if run.config.endswith(_SHORT) else run.config for run in runs]
+    yield from _share_table("density", [(name, run.density, run) for name, run in zip(named, runs, strict=True)])
+
+
+def _share_table(title: str, rows: Sequence[tuple[str, float, ProbeRun]]) -> Iterable[str]:
+    """
+    Args:
+        title: of the share that each row has beside its name.
+    """
+    titles = ["method", title, "accuracy", "interval", *FAMILIES]
     yield _row(titles)
     yield _row(["---"] * len(titles))
-    for run in runs:
+    for name, share, run in rows:
         families = [_percent(run.families[family].accuracy) if family in run.families else "" for family in FAMILIES]
-        name = f"`{run.config.removesuffix(_SHORT)}`" if run.config.endswith(_SHORT) else run.config
-        yield _row([name, _percent(run.density), _percent(run.accuracy), _interval(run.interval), *families])
+        yield _row([name, _percent(share), _percent(run.accuracy), _interval(run.interval), *families])
 
 
 def _needle_table(runs: Sequence[KeyframeRun]) -> Iterable[str]:

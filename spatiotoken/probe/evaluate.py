@@ -50,6 +50,7 @@ class ProbeRun:
             or merged into another.
         visual, visual_kept: visual tokens of a prompt, and those of them that entered the language model.
         retention: visual tokens of the average decoder layer, as a share of ``visual``.
+        tower: rows of the vision tower's average layer, as a share of all that it has.
         density: share of the causal pairs that attention computed in the prefill.
         prefill_ms: time of a batch's prefill over its questions.
     """
@@ -62,6 +63,7 @@ class ProbeRun:
     visual: float
     visual_kept: float
     retention: float
+    tower: float
     density: float
     prefill_ms: float
 
@@ -102,6 +104,7 @@ class Tally:
         self.visual = 0
         self.visual_kept = 0
         self.layer_visual = 0.0
+        self.towers: list[float] = []
         self.densities: list[float] = []
         self.milliseconds = 0.0
 
@@ -128,6 +131,9 @@ class Tally:
         self.visual_kept += report.visual_kept
         layers = report.layer_tokens
         self.layer_visual += sum(layers) / len(layers) - report.text_tokens
+        rows = report.tower_rows
+        share = sum(rows) / len(rows) / report.stages["vision"].tokens_in if rows else 1.0
+        self.towers += [share] * len(batch)
         layer_densities = [entry.density for entry in report.attention] or [1.0]
         self.densities += [sum(layer_densities) / len(layer_densities)] * len(batch)
         self.milliseconds += report.prefill_ms
@@ -152,6 +158,7 @@ class Tally:
             visual=self.visual / n,
             visual_kept=self.visual_kept / n,
             retention=self.retention,
+            tower=sum(self.towers) / n,
             density=sum(self.densities) / n,
             prefill_ms=self.milliseconds / n,
         )

@@ -41,6 +41,7 @@ PROBE_KEYS = {
     "visual",
     "visual_kept",
     "retention",
+    "tower",
     "prefill_ms",
     "model",
     "num_frames",

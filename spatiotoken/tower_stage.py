@@ -1,0 +1,356 @@
+"""The ``vision`` stage: fewer patches in the layers of a model's vision tower.
+
+Layers are wrapped. Until a method leaves something out they run as they are; from then on their rows are packed (frames
+of different lengths one behind the other), and after the last one all patches are there again. Modules that read all
+patches on the way, such as those of deepstack features, get them whole too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spatiotoken.patches.adapter import Encoding, ModelAdapter, TowerRows
+from spatiotoken.report import Recorder
+from spatiotoken.vision.base import TowerAttention, TowerMerge, TowerReducer, TowerShape, TowerTokens
+from spatiotoken.vision.packing import Packing, attend, weighted_mean
+
+_RUN: ContextVar[_Run | None] = ContextVar("spatiotoken_tower", default=None)
+
+
+@dataclass
+class _Run:
+    """One run of the tower.
+
+    Attributes:
+        owner: whose run it is.
+        grids: ``(T, H, W)`` in patches of each video, or of each view of an image.
+        places: ``[N]`` the patch of each of the tower's own rows within its video, -1 for CLS tokens.
+        pixels: colours of all patches, as ``ModelAdapter.tower_pixels`` has them.
+        counts: rows that are left of each frame of each video.
+        packing: what is left; None as long as that is everything, and after the last layer.
+        shape: of the hidden states as the tower has them.
+        rows: how many entered each layer.
+        positions: of all rows, as the tower gave them to the layer at hand.
+        states: queries, keys and values of the attention that ran last, and the scale.
+    """
+
+    owner: TowerStage
+    recorder: Recorder
+    grids: list[tuple[int, int, int]]
+    places: Tensor
+    windows: tuple[int, ...] | None
+    pixels: Callable[[], Tensor]
+    counts: list[tuple[int, ...]] = field(default_factory=list)
+    packing: Packing | None = None
+    shape: tuple[int, ...] = ()
+    rows: list[int] = field(default_factory=list)
+    positions: tuple[Tensor, ...] | None = None
+    states: tuple[Tensor, Tensor, Tensor, float] | None = None
+    _packed_positions: tuple[Packing, tuple[Tensor, ...]] | None = None
+
+    def start(self, hidden: Tensor) -> None:
+        """Pack all rows."""
+        self.shape = tuple(hidden.shape)
+        extra = int(self.owner.shape.has_cls)
+        self.counts = [(height * width + extra,) * frames for frames, height, width in self.grids]
+        self.packing = Packing.everything([n for counts in self.counts for n in counts], self.windows, hidden.device)
+
+    def attention(self, patches: Tensor, cls: Tensor) -> TowerAttention:
+        """Of some packed rows in the layer at hand."""
+        if self.states is None:
+            raise RuntimeError("a vision method that acts before a layer cannot read its attention")
+        query, key, value, scale = self.states
+        return TowerAttention(query[patches], key[patches], value[patches], query[cls] if len(cls) else None, scale)
+
+    def packed_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer's arguments with the rotary positions, if any, of the packed rows."""
+        assert self.packing is not None
+        self.positions = arguments.get("position_embeddings")
+        if self.positions is None:
+            return dict(arguments)
+        if self._packed_positions is None or self._packed_positions[0] is not self.packing:
+            self._packed_positions = self.packing, tuple(values[self.packing.origin] for values in self.positions)
+        return {**arguments, "position_embeddings": self._packed_positions[1]}
+
+
+class TowerStage:
+    """Runs a ``vision`` method in one model's tower.
+
+    Raises:
+        ValueError: the projector reads several layers, or the method names layers that the tower lacks.
+    """
+
+    def __init__(self, adapter: ModelAdapter, core: Any, method: TowerReducer) -> None:
+        read = getattr(core.config, "vision_feature_layer", None)
+        if isinstance(read, list | tuple) and len(read) > 1:
+            raise ValueError(
+                f"vision method {method.name!r}: the projector of this model reads the layers {list(read)} of its "
+                "vision tower; supported are models that read one"
+            )
+        self.adapter = adapter
+        self.core = core
+        self.method = method
+        self.layers = adapter.tower_span(core)
+        self.windowed = adapter.windowed_layers(core)
+        whole = tuple(index for index in range(len(self.layers)) if index not in self.windowed)
+        self.shape = TowerShape(len(self.layers), whole, adapter.has_cls(core))
+        self.acting = frozenset(method.layers(self.shape))
+        if not self.acting <= set(range(len(self.layers))):
+            raise ValueError(
+                f"vision.{method.name} acts at the layers {sorted(self.acting)}; the tower has {len(self.layers)}"
+            )
+
+    def attach(self, wrap: Callable[[Any, str, Callable[..., Any]], None]) -> None:
+        """
+        Args:
+            wrap: replaces a method of an instance by one that gets the original first.
+        """
+        for index, layer in enumerate(self.layers):
+            wrap(layer, "forward", partial(self._layer, index))
+            attention = self.adapter.tower_attention(layer)
+            wrap(attention, "forward", partial(self._attention, index, attention))
+        for module in self.adapter.whole_inputs(self.core):
+            wrap(module, "forward", self._whole_input)
+
+    @contextmanager
+    def running(self, kind: str, encoding: Encoding, sizes: Sequence[int], recorder: Recorder) -> Iterator[None]:
+        """The tower runs meanwhile.
+
+        Args:
+            sizes: how many of the tower's own items are one video; those of one size are its frames.
+        """
+        lying = self.adapter.tower_rows(self.core, kind, encoding)
+        device = next(self.layers[0].parameters()).device
+        grids = _joined(lying.grids, sizes)
+        pixels = cache(partial(self.adapter.tower_pixels, self.core, kind, encoding))
+        run = _Run(self, recorder, grids, self._places(lying, grids, device), lying.windows, pixels)
+        token = _RUN.set(run)
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+        if run.rows:  # none where a VideoCache had the output
+            recorder.tower(self.method.name, len(run.places), run.rows)
+
+    def described(self) -> str:
+        """All that is done to the tower at this moment, for caches of its output; empty if it runs as it is."""
+        run = self._current()
+        return "" if run is None else json.dumps([self.method.name, self.method.model_dump(mode="json"), run.grids])
+
+    def whole(self, hidden: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What a layer or its attention was given, as if each patch had what stands for it."""
+        run = self._current()
+        if run is None or run.packing is None:
+            return hidden, dict(arguments)
+        rest = dict(arguments)
+        if run.positions is not None and "position_embeddings" in rest:
+            rest["position_embeddings"] = run.positions
+        return run.packing.restored(hidden.flatten(0, -2)).view(*run.shape[:-1], -1), rest
+
+    def _current(self) -> _Run | None:
+        run = _RUN.get()
+        return run if run is not None and run.owner is self else None
+
+    def _places(self, lying: TowerRows, grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+        """``[N]`` the patch of each row of the tower, counted through all grids; -1 for CLS tokens."""
+        if lying.places is None:
+            places = torch.arange(sum(t * h * w for t, h, w in grids), device=device)
+        else:
+            places = lying.places.to(device)
+        if not self.shape.has_cls:
+            return places
+        frames = places.split([h * w for t, h, w in grids for _ in range(t)])
+        return torch.cat([nn.functional.pad(own, (1, 0), value=-1) for own in frames])
+
+    # -- what is wrapped --
+
+    def _layer(self, index: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **arguments: Any) -> Any:
+        run = self._current()
+        if run is None:
+            return original(hidden, *args, **arguments)
+        if run.packing is None:
+            if index not in self.acting:
+                run.rows.append(hidden.shape[:-1].numel())
+                return original(hidden, *args, **arguments)
+            run.start(hidden)
+            if hidden.ndim == 3:  # a batch of views becomes one of packed rows
+                hidden = hidden.flatten(0, 1)[None]
+        if index in self.acting and self.method.before_layer:
+            hidden = self._reduced(run, index, hidden)
+        assert run.packing is not None
+        arguments = run.packed_arguments(arguments)
+        run.rows.append(len(run.packing.origin))
+        if index in self.acting and not self.method.before_layer:
+            hidden = self._around(run, index, hidden, arguments)
+        else:
+            hidden = original(hidden, *args, **arguments)
+        if index == len(self.layers) - 1:
+            hidden = run.packing.restored(hidden.flatten(0, -2)).view(run.shape)
+            run.packing = None
+        return hidden
+
+    def _around(self, run: _Run, index: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """A layer in which patches are left out between attention and MLP."""
+        norm, attention, second_norm, mlp = self.adapter.tower_block(self.layers[index])
+        mixed = attention(norm(hidden), **arguments)
+        hidden = hidden + (mixed[0] if isinstance(mixed, tuple) else mixed)
+        hidden = self._reduced(run, index, hidden)
+        run.states = None
+        return hidden + mlp(second_norm(hidden))
+
+    def _attention(
+        self, index: int, module: nn.Module, original: Callable[..., Any], *args: Any, **arguments: Any
+    ) -> Any:
+        run = self._current()
+        if run is None or run.packing is None:
+            return original(*args, **arguments)
+        rest = dict(arguments)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        query, key, value, scale = self.adapter.tower_projections(module, hidden.flatten(0, -2), rest)
+        whole_context = self.method.whole_context
+        chunks = run.packing.chunks(windows=index in self.windowed, whole_context=whole_context)
+        bias = run.packing.log_sizes if self.method.proportional and not whole_context else None
+        if index in self.acting:
+            run.states = query, key, value, scale
+        return self.adapter.tower_output(module, attend(query, key, value, chunks, scale, bias))
+
+    def _whole_input(self, original: Callable[..., Any], hidden: Tensor, *args: Any, **arguments: Any) -> Any:
+        return original(self.whole(hidden, {})[0], *args, **arguments)
+
+    # -- what a method does --
+
+    def _reduced(self, run: _Run, index: int, hidden: Tensor) -> Tensor:
+        """``hidden`` with only what the method leaves of each video."""
+        packing = run.packing
+        assert packing is not None
+        with run.recorder.span("vision"):
+            flat = hidden.flatten(0, -2)
+            own = torch.arange(len(flat), device=flat.device)
+            rows = own.split([sum(counts) for counts in run.counts])
+            parts = [self._part(run, index, flat, some, video) for video, some in enumerate(rows)]
+            if sum(len(part.kept) for part in parts) == len(flat):
+                return hidden
+            run.counts = [part.counts for part in parts]
+            kept = torch.cat([part.kept for part in parts])
+            rank = torch.empty_like(own).index_copy_(0, kept, own[: len(kept)])
+            assignment = rank[torch.cat([part.target for part in parts])]
+            if any(part.merges for part in parts):
+                flat = weighted_mean(flat, torch.cat([part.weights for part in parts]), assignment, len(kept))
+            else:
+                flat = flat.index_select(0, kept)
+            run.packing = packing.narrowed(kept, assignment, tuple(n for counts in run.counts for n in counts))
+        return flat if hidden.ndim == 2 else flat[None]
+
+    def _part(self, run: _Run, index: int, hidden: Tensor, rows: Tensor, video: int) -> _Part:
+        """What the method leaves of one video.
+
+        Args:
+            hidden: of all videos.
+            rows: the packed rows of this one.
+        """
+        packing, counts, extra = run.packing, run.counts[video], int(self.shape.has_cls)
+        assert packing is not None
+        # In the order of the grid, behind the CLS tokens in that of the frames.
+        order = rows[run.places[packing.origin[rows]].argsort(stable=True)]
+        cls, patches = order.split([extra * len(counts), len(order) - extra * len(counts)])
+        places = run.places[packing.origin[patches]]
+        tokens = TowerTokens(
+            hidden[patches],
+            packing.sizes[patches],
+            places - sum(t * h * w for t, h, w in run.grids[:video]),
+            tuple(count - extra for count in counts),
+            run.grids[video],
+            index,
+            pixels=run.pixels()[places] if "pixels" in self.method.needs else None,
+            attention=run.attention(patches, cls) if "attention" in self.method.needs else None,
+        )
+        merge = self.method.reduce(tokens)
+        if merge is None or len(merge.survivors) == tokens.num_tokens:
+            return _Part(rows, rows, torch.ones(len(rows), device=rows.device), counts)
+        frames = torch.repeat_interleave(
+            torch.arange(len(counts), device=rows.device),
+            torch.tensor(tokens.counts, device=rows.device),
+            output_size=tokens.num_tokens,
+        )
+        left = merge.counts
+        if left is None:
+            left = tuple(n for n in frames[merge.survivors].bincount(minlength=len(counts)).tolist() if n)
+        if sum(left) != len(merge.survivors) or len(merge.assignment) != tokens.num_tokens:
+            raise RuntimeError(
+                f"vision method {self.method.name!r} left {len(merge.survivors)} survivors, {left} by frame, and "
+                f"assigned {len(merge.assignment)} of {tokens.num_tokens} patches"
+            )
+        kept, target, weights = [patches[merge.survivors]], torch.empty_like(rows), merge.weights
+        start = rows[:1]
+        target[patches - start] = kept[0][merge.assignment]
+        shares = torch.zeros(len(rows), device=rows.device)
+        shares[kept[0] - start] = 1.0
+        if weights is not None:
+            shares[patches - start] = weights
+        if extra:
+            stays, heir = _heirs(frames, merge, len(counts), len(left))
+            kept.append(cls[stays])
+            target[cls - start] = cls[heir]
+            shares[kept[1] - start] = 1.0
+        return _Part(
+            torch.cat(kept).sort().values, target, shares, tuple(n + extra for n in left), merges=weights is not None
+        )
+
+
+def _joined(grids: Sequence[tuple[int, int, int]], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Grids of one video that have one size make up a longer one.
+
+    Args:
+        sizes: how many are one video's, if they are all grids; else these are views that have nothing in common.
+    """
+    if len(grids) != sum(sizes):
+        return list(grids)
+    rest, found = iter(grids), []
+    for own in (list(islice(rest, size)) for size in sizes):
+        same = len({grid[1:] for grid in own}) == 1
+        found += [(sum(t for t, *_ in own), *own[0][1:])] if same else own
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is left of one video.
+
+    Attributes:
+        kept: packed rows, rising.
+        target: ``[rows]`` the one of these that stands for each of its rows.
+        weights: ``[rows]`` shares in the mean that they become.
+        counts: of each frame that is left, CLS tokens included.
+        merges: the shares are not those of the rows that are kept alone.
+    """
+
+    kept: Tensor
+    target: Tensor
+    weights: Tensor
+    counts: tuple[int, ...]
+    merges: bool = False
+
+
+def _heirs(frames: Tensor, merge: TowerMerge, count: int, left: int) -> tuple[Tensor, Tensor]:
+    """Frames whose CLS tokens stay, ``[left]``, and of each of ``count`` frames the one whose token it has then.
+
+    That is itself, if it stays, else the frame that its first patch went to.
+
+    Args:
+        frames: ``[R]`` rising, of each patch.
+    """
+    of_survivors = frames[merge.survivors]
+    gone = torch.ones(count, dtype=torch.int32, device=frames.device).index_fill_(0, of_survivors, 0)
+    own = torch.arange(count, device=frames.device)
+    first = torch.searchsorted(frames, own)
+    return gone.argsort(stable=True)[:left], torch.where(gone.bool(), of_survivors[merge.assignment[first]], own)
