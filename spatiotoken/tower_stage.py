@@ -271,6 +271,7 @@ class TowerStage:
             tuple(count - extra for count in counts),
             run.grids[video],
             index,
+            self.shape,
             pixels=run.pixels()[places] if "pixels" in self.method.needs else None,
             attention=run.attention(patches, cls) if "attention" in self.method.needs else None,
         )

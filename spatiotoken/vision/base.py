@@ -36,6 +36,21 @@ class TowerAttention:
 
 
 @dataclass(frozen=True)
+class TowerShape:
+    """What methods plan by.
+
+    Attributes:
+        depth: layers that run, up to the one that the projector reads.
+        whole_frames: which of them attend to whole frames, not to windows only.
+        has_cls: frames have a CLS token.
+    """
+
+    depth: int
+    whole_frames: tuple[int, ...]
+    has_cls: bool
+
+
+@dataclass(frozen=True)
 class TowerTokens(Asked):
     """What is left, within the tower, of the patches of one video, or of one view of an image as a video of one frame.
 
@@ -48,6 +63,7 @@ class TowerTokens(Asked):
         counts: how many there are of each frame; frames of which none is left do not count.
         grid: ``(T, H, W)`` of all patches.
         layer: of the tower, counted from 0.
+        tower: whose layer it is.
         pixels: ``[R, F]`` float32 colours in 0..1.
         attention: of this layer.
     """
@@ -60,6 +76,7 @@ class TowerTokens(Asked):
     counts: tuple[int, ...]
     grid: tuple[int, int, int]
     layer: int
+    tower: TowerShape
     pixels: Tensor | None = None
     attention: TowerAttention | None = None
 
@@ -98,21 +115,6 @@ class TowerMerge:
     assignment: Tensor
     weights: Tensor | None = None
     counts: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class TowerShape:
-    """What methods plan by.
-
-    Attributes:
-        depth: layers that run, up to the one that the projector reads.
-        whole_frames: which of them attend to whole frames, not to windows only.
-        has_cls: frames have a CLS token.
-    """
-
-    depth: int
-    whole_frames: tuple[int, ...]
-    has_cls: bool
 
 
 class TowerReducer(Method):

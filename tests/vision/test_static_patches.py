@@ -18,7 +18,7 @@ def tokens_of(pixels: Tensor, height: int) -> TowerTokens:
     flat = pixels.flatten(0, 1)
     places, sizes = torch.arange(len(flat)), torch.ones(len(flat))
     grid = (frames, height, patches // height)
-    return TowerTokens(flat, sizes, places, (patches,) * frames, grid, 0, pixels=flat)
+    return TowerTokens(flat, sizes, places, (patches,) * frames, grid, 0, SHAPE, pixels=flat)
 
 
 def test_compared_with_the_latest_kept() -> None:

@@ -111,6 +111,7 @@ def overwritten(family: Family, method: TowerReducer, encoding: dict[str, Tensor
     places = torch.arange(total) if rows.places is None else rows.places
     owner = torch.arange(total)  # by place
     layers = adapter.tower_span(core)
+    shape = TowerShape(len(layers), tuple(range(len(layers))), bool(extra))
     before = {layer: layer.forward for layer in layers}
 
     def group(layer: int) -> Tensor:
@@ -120,7 +121,7 @@ def overwritten(family: Family, method: TowerReducer, encoding: dict[str, Tensor
             size = grid[0] * grid[1] * grid[2]
             left = owner[start : start + size].unique() - start
             counts = tuple((left // (grid[1] * grid[2])).bincount().tolist())
-            tokens = TowerTokens(torch.zeros(len(left), 1), torch.ones(len(left)), left, counts, grid, layer)
+            tokens = TowerTokens(torch.zeros(len(left), 1), torch.ones(len(left)), left, counts, grid, layer, shape)
             merge = method.reduce(tokens)
             if merge is not None:
                 heirs = torch.arange(total)
@@ -160,7 +161,7 @@ def overwritten(family: Family, method: TowerReducer, encoding: dict[str, Tensor
 
     def run(index: int) -> Any:
         norm, attention, second, mlp = adapter.tower_block(layers[index])
-        acts = index in method.layers(TowerShape(len(layers), tuple(range(len(layers))), bool(extra)))
+        acts = index in method.layers(shape)
 
         def forward(hidden: Tensor, *args: Any, **arguments: Any) -> Tensor:
             if acts and method.before_layer:
