@@ -254,6 +254,10 @@ class ModelAdapter(ABC):
         """Modules that read all patches after one of the layers, beside the projector."""
         return []
 
+    def patch_projector(self, core: Any) -> nn.Module | None:
+        """The projector, where it maps each patch by itself; it may be given pooled ones for some inputs."""
+        return None
+
     @abstractmethod
     def tower_rows(self, core: Any, kind: str, encoding: Encoding) -> TowerRows:
         """How the rows of the tower's layers lie for this input."""

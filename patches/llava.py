@@ -56,6 +56,9 @@ class ClipTower(ModelAdapter):
         places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
         return [TowerStates(places, query, key, attention.scale)]
 
+    def patch_projector(self, core: Any) -> nn.Module | None:
+        return core.multi_modal_projector
+
     def tower_rows(self, core: Any, kind: str, encoding: Encoding) -> TowerRows:
         side = self.tower_side(core)
         return TowerRows(tuple((frames, side, side) for frames in self.view_counts(core, kind, encoding)))

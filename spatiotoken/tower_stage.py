@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spatiotoken.patches.adapter import Encoding, ModelAdapter, TowerRows
 from spatiotoken.report import Recorder
+from spatiotoken.tokens.merging import true_indices
 from spatiotoken.vision.base import TowerAttention, TowerMerge, TowerReducer, TowerShape, TowerTokens
 from spatiotoken.vision.packing import Packing, attend, weighted_mean
 
@@ -38,6 +39,7 @@ class _Run:
         pixels: colours of all patches, as ``ModelAdapter.tower_pixels`` has them.
         counts: rows that are left of each frame of each video.
         packing: what is left; None as long as that is everything, and after the last layer.
+        last: what was left in the last layer, after it.
         shape: of the hidden states as the tower has them.
         rows: how many entered each layer.
         positions: of all rows, as the tower gave them to the layer at hand.
@@ -52,6 +54,7 @@ class _Run:
     pixels: Callable[[], Tensor]
     counts: list[tuple[int, ...]] = field(default_factory=list)
     packing: Packing | None = None
+    last: Packing | None = None
     shape: tuple[int, ...] = ()
     rows: list[int] = field(default_factory=list)
     positions: tuple[Tensor, ...] | None = None
@@ -121,6 +124,9 @@ class TowerStage:
             wrap(attention, "forward", partial(self._attention, index, attention))
         for module in self.adapter.whole_inputs(self.core):
             wrap(module, "forward", self._whole_input)
+        projector = self.adapter.patch_projector(self.core)
+        if projector is not None:
+            wrap(projector, "forward", self._projector)
 
     @contextmanager
     def running(self, kind: str, encoding: Encoding, sizes: Sequence[int], recorder: Recorder) -> Iterator[None]:
@@ -196,7 +202,7 @@ class TowerStage:
             hidden = original(hidden, *args, **arguments)
         if index == len(self.layers) - 1:
             hidden = run.packing.restored(hidden.flatten(0, -2)).view(run.shape)
-            run.packing = None
+            run.packing, run.last = None, run.packing
         return hidden
 
     def _around(self, run: _Run, index: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -226,6 +232,22 @@ class TowerStage:
 
     def _whole_input(self, original: Callable[..., Any], hidden: Tensor, *args: Any, **arguments: Any) -> Any:
         return original(self.whole(hidden, {})[0], *args, **arguments)
+
+    def _projector(self, original: Callable[..., Any], features: Tensor) -> Any:
+        """Patches with one value are projected once."""
+        run = self._current()
+        if run is None or run.last is None:
+            return original(features)
+        # CLS tokens are not projected.
+        extra, packing = int(self.shape.has_cls), run.last
+        every, left = run.places >= 0, run.places[packing.origin] >= 0
+        total, count = len(every) - extra * len(packing.frames), len(left) - extra * len(packing.counts)
+        if features.shape[:-1].numel() != total:  # pooled
+            return original(features)
+        rows = every.cumsum(0)[packing.origin[true_indices(left, count)]] - 1
+        projected = original(features.flatten(0, -2)[rows][None])[0]
+        owners = left.cumsum(0)[packing.owner[true_indices(every, total)]] - 1
+        return projected[owners].unflatten(0, features.shape[:-1])
 
     # -- what a method does --
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from spatiotoken import load_video, unpatch_model
+from spatiotoken.patching import HANDLE
 from spatiotoken.probe import TINY_IMAGE_MODEL_TYPES, TINY_MODEL_TYPES, build_tiny
 from spatiotoken.video import Video
 
@@ -32,6 +33,9 @@ class Family:
     model: PreTrainedModel
     processor: Any
     clips: dict[str, Video]
+    # Prompts, and what the unpatched model makes of them, are the same in hundreds of tests.
+    prepared: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    answered: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
 
     def fresh(self) -> Family:
         """The same family with a model of its own, which a test may leave in any state."""
@@ -58,6 +62,21 @@ class Family:
 
         Families that take images only get a video's frames as images.
         """
+        key = repr((samples, padding_side))
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(samples, padding_side)
+        return {name: value.clone() for name, value in self.prepared[key].items()}
+
+    def unpatched(self, *samples: Sequence[Any], new: int = 4) -> tuple[Any, Tensor]:
+        """What the unpatched model of the family generates, and the logits of the prompt."""
+        key = repr((samples, new))
+        if key not in self.answered:
+            assert HANDLE not in self.model.__dict__ and self.model.dtype == torch.float32
+            inputs = self.inputs(*samples)
+            self.answered[key] = self.generate(inputs, new=new), self.logits(inputs)
+        return self.answered[key]
+
+    def _prepare(self, samples: Sequence[Sequence[Any]], padding_side: str) -> dict[str, Tensor]:
         texts, videos, metadata, images = [], [], [], []
         for sample in samples:
             content = []

@@ -25,6 +25,7 @@ RETENTIONS = (0.5, 0.25, 0.15, 0.1)
 TOWER_RETENTIONS = (0.75, 0.5, 0.25)
 """The same of `vision` methods."""
 SWEEPS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {
+    ("vision", "early_merge"): tuple({"similarity": value, "behind": (0, 0.33, 0.67)} for value in (0.95, 0.8, 0.5)),
     ("tokens", "correlation_guided"): tuple({"repeats": value} for value in (0.9, 0.6, 0.3, 0.1)),
     ("tokens", "dycoke"): tuple({"merging_ratio": value} for value in (0.3, 0.6, 0.9, 1.0)),
     ("tokens", "llava_scissor"): tuple({"threshold": value} for value in (0.95, 0.9, 0.8, 0.7)),

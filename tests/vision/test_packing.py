@@ -68,9 +68,10 @@ def test_windows_that_are_gone() -> None:
     assert chunk.hidden is not None
     assert chunk.hidden[:, 0, 0].tolist() == [[False] * 3, [False, True, True], [False, True, True]]
     assert packing.sizes.tolist() == [3, 2, 1, 4, 2]
-    assert packing.restored(torch.tensor([10, 11, 12, 13, 14])).tolist() == [10] * 3 + [11] * 2 + [12] + [13] * 4 + [
-        14
-    ] * 2
+    assert (
+        packing.restored(torch.tensor([10, 11, 12, 13, 14])).tolist()
+        == [10] * 3 + [11] * 2 + [12] + [13] * 4 + [14] * 2
+    )
 
 
 def test_narrowed_twice_is_narrowed_once() -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from spatiotoken import last_report, patched
-from spatiotoken.config import PatchConfig
+from spatiotoken.config import PatchConfig, load_config
 from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens import SaliencyReducer
@@ -316,6 +316,26 @@ def test_readers_see_every_patch(family: Family) -> None:
     wanted, got = seen
     for name in Spy.needs:
         torch.testing.assert_close(getattr(got, name), getattr(wanted, name), atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_patches_of_one_value_are_projected_once(family: Family) -> None:
+    projector = find_adapter(family.model).patch_projector(family.model.model)
+    if projector is None:
+        assert not family.stacks_videos
+        return
+    rows: list[int] = []
+    for sample in (("image", "pancake"), ("video", "pancake", 4)):
+        encoding = encoding_of(family, [sample, QUESTION])
+        for config in (load_config("dense"), config_of(Pairs(), images=True)):
+            with patched(family.model, config):
+                handle = projector.linear_1.register_forward_pre_hook(
+                    lambda _, args: rows.append(args[0].shape[:-1].numel())
+                )
+                features(family, encoding)
+                handle.remove()
+    image, fewer, video, left = rows
+    # LLaVA-NeXT-Video pools videos before the projector.
+    assert fewer < image / 3 and (left == video if family.name == "llava_next_video" else left < video / 3)
 
 
 def test_images_only_when_asked(family: Family) -> None:
