@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 LMMS := .venv-lmms
 
-.PHONY: setup demo test test-slow test-evaluation test-lmms test-oldest record-probe probe methods lint typecheck format benchmark clean
+.PHONY: setup demo test test-slow test-evaluation test-lmms test-oldest record-probe probe methods lint typecheck format benchmark benchmark-7b clean
 
 setup: $(VENV)/.done
 
@@ -80,6 +80,16 @@ benchmark: setup
 	$(BIN)/python scripts/benchmark.py --suite reduction
 	$(BIN)/python scripts/benchmark.py --suite tokens
 	$(BIN)/python scripts/benchmark.py --suite frames
+	$(BIN)/python scripts/benchmark.py --suite e2e
+	$(BIN)/python scripts/benchmark.py --suite stages
+	$(BIN)/python scripts/benchmark.py --suite memory
+	$(BIN)/python scripts/benchmark.py --suite reader
+
+# Models of the released shapes with random weights, on one GPU: docs/benchmarks/*.json, *.md and pictures.
+benchmark-7b: setup
+	$(BIN)/python scripts/benchmark.py --suite e2e --size 7b --save docs/benchmarks
+	$(BIN)/python scripts/benchmark.py --suite stages --size 7b --save docs/benchmarks
+	$(BIN)/python scripts/benchmark.py --suite memory --size 7b --save docs/benchmarks
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info

@@ -235,11 +235,18 @@ class ModelAdapter(ABC):
         """The attention module of a tower layer."""
 
     @abstractmethod
-    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
-        """Queries and keys that a tower layer's attention makes of its input.
+    def tower_linears(self, attention: Any) -> tuple[nn.Module, ...]:
+        """The modules that make queries and keys (and maybe values) in a tower layer's attention."""
+
+    @abstractmethod
+    def tower_states(
+        self, attention: Any, projected: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> list[TowerStates]:
+        """Queries and keys of a tower layer's attention.
 
         Args:
-            arguments: the others that it was called with.
+            projected: what ``tower_linears`` made of its input.
+            arguments: that it was called with, but for the input.
         """
 
     def tower_span(self, core: Any) -> list[nn.Module]:

@@ -50,10 +50,15 @@ class ClipTower(ModelAdapter):
     def tower_attention(self, layer: Any) -> nn.Module:
         return layer.self_attn
 
-    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
-        shape = (*hidden.shape[:-1], -1, attention.head_dim)
-        query, key = (p(hidden).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
-        places = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+    def tower_linears(self, attention: Any) -> tuple[nn.Module, ...]:
+        return attention.q_proj, attention.k_proj
+
+    def tower_states(
+        self, attention: Any, projected: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> list[TowerStates]:
+        query, key = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in projected)
+        views, rows = projected[0].shape[:2]
+        places = torch.arange(views * rows, device=query.device).view(views, rows)
         return [TowerStates(places, query, key, attention.scale)]
 
     def patch_projector(self, core: Any) -> nn.Module | None:

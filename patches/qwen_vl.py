@@ -101,15 +101,20 @@ class QwenVL(ModelAdapter):
     def tower_attention(self, layer: Any) -> nn.Module:
         return layer.attn
 
-    def tower_states(self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> list[TowerStates]:
-        query, key, *_ = self.tower_projections(attention, hidden, arguments)
+    def tower_linears(self, attention: Any) -> tuple[nn.Module, ...]:
+        return (attention.qkv,)
+
+    def tower_states(
+        self, attention: Any, projected: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> list[TowerStates]:
+        query, key, _ = self._heads(attention, projected[0], arguments)
         bounds: list[int] = arguments["cu_seqlens"].tolist()
         starts: dict[int, list[int]] = {}
         for start, stop in zip(bounds, bounds[1:], strict=False):
             starts.setdefault(stop - start, []).append(start)
         states = []
         for size, first in starts.items():
-            places = torch.tensor(first, device=hidden.device)[:, None] + torch.arange(size, device=hidden.device)
+            places = torch.tensor(first, device=query.device)[:, None] + torch.arange(size, device=query.device)
             chunk_query, chunk_key = (values[places].transpose(1, 2) for values in (query, key))
             states.append(TowerStates(places, chunk_query, chunk_key, attention.scaling))
         return states
@@ -151,10 +156,14 @@ class QwenVL(ModelAdapter):
     def tower_projections(
         self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        query, key, value = attention.qkv(hidden).view(hidden.shape[0], 3, attention.num_heads, -1).unbind(1)
+        return *self._heads(attention, attention.qkv(hidden), arguments), attention.scaling
+
+    def _heads(self, attention: Any, projected: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """``[rows, heads, d]`` rotated queries and keys, and values."""
+        query, key, value = projected.view(projected.shape[0], 3, attention.num_heads, -1).unbind(1)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         query, key = rotate(query, key, *arguments["position_embeddings"])
-        return query, key, value, attention.scaling
+        return query, key, value
 
     def tower_output(self, attention: Any, mixed: Tensor) -> Any:
         return attention.proj(mixed.flatten(1))

@@ -12,6 +12,14 @@ layers:    prefill of the language model alone, with every method that drops or 
            what the number of tokens in all layers predicts. As in the docs: --suite layers --memory
 tower:     vision tower and projector alone, in the shapes of released ones, unpatched, patched, and patched with
            fast_tower. On a GPU, all layers and nothing to download: --suite tower --size 7b --device cuda --memory
+
+Whole requests to models in the released shapes (--size 7b, nothing to download) or in proportion, and reading files;
+each has options of its own, which --suite NAME --help tells:
+
+e2e:       time to first token and to the last, predicted and realised, beside natively fewer tokens.
+stages:    where that time goes, from the file on.
+memory:    peak memory above the weights.
+reader:    every backend, in every way of reading.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_suites import SUITES, run_suite  # beside this file
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -58,8 +67,14 @@ from spatiotoken.tower_benchmark import TOWERS, compare_towers, tower_table
 
 
 def main() -> None:
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--suite")
+    chosen, rest = which.parse_known_args()
+    if chosen.suite in SUITES:
+        run_suite(chosen.suite, rest)
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = ("overhead", "reduction", "tokens", "frames", "attention", "layers", "tower")
+    suites = ("overhead", "reduction", "tokens", "frames", "attention", "layers", "tower", *SUITES)
     parser.add_argument("--suite", choices=suites, required=True)
     parser.add_argument(
         "--configs", nargs="+", help="presets or .yaml files of the reduction and frames suites, instead of their own"

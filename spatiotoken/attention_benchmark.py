@@ -30,6 +30,7 @@ from spatiotoken.attention.kernels import SparsePattern, block_sparse_attention,
 from spatiotoken.attention.kernels.pattern import computed_pairs
 from spatiotoken.attention.powerattention import PowerAttention
 from spatiotoken.attention.recall import mass_recall, measure, oracle_pairs, structured_inputs
+from spatiotoken.benchmark import markdown
 from spatiotoken.config import build_method, presets
 from spatiotoken.probe import PROBE_MODEL_TYPES
 from spatiotoken.probe.short_prompts import PROBE_SETTINGS, Settings
@@ -533,7 +534,7 @@ def engine_tables(timings: Sequence[EngineTiming], layout: Layout, blocks: tuple
     # On CPUs flash is all there is, but for short prompts.
     kernels = ["", FLASH] if any(path.startswith("cudnn") for path in paths) else [""]
     by_size = {(one.threads, one.length): one for one in timings}
-    dense = _table(
+    dense = markdown(
         ("threads", "tokens", *(f"{path}, ms" for path in paths), "best"),
         [
             (
@@ -546,7 +547,7 @@ def engine_tables(timings: Sequence[EngineTiming], layout: Layout, blocks: tuple
         ],
     )
     ratios = [(backend, kernel) for backend in backends for kernel in kernels]
-    sparse = _table(
+    sparse = markdown(
         (
             *("threads", "tokens", "a pattern per", "density"),
             *(f"{backend} / {kernel or 'dense'}" for backend, kernel in ratios),
@@ -575,7 +576,7 @@ def estimate_table(timings: Sequence[EstimateTiming], layout: Layout, length: in
     return (
         f"Methods at their presets on {length} made-up tokens, {_heads(layout)}: times as shares of that of dense "
         "causal attention, which itself runs after the estimate where the backend is dense.\n\n"
-        + _table(("method", "density chosen", "estimate", "in all", "backend"), rows)
+        + markdown(("method", "density chosen", "estimate", "in all", "backend"), rows)
     )
 
 
@@ -592,13 +593,8 @@ def recall_table(rows: Sequence[Recall], source: str) -> str:
     ]
     return (
         f"Recall of the attention mass on {source}, mean over heads and layers. A key pooled with others is seen where "
-        f"their pool is.\n\n{_table(header, cells)}"
+        f"their pool is.\n\n{markdown(header, cells)}"
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = (header, ["---"] * len(header), *rows)
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells)
 
 
 def _heads(layout: Layout) -> str:

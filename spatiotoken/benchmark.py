@@ -8,6 +8,7 @@ import platform
 import random
 import re
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -46,6 +47,7 @@ _SIDE = 280
 """Pixels of a square frame: 20 x 20 patches of Qwen2.5-VL, merged to 10 x 10 tokens for each pair of frames."""
 _TOKENS_PER_UNIT, _FRAMES_PER_UNIT = 100, 2
 _RESAMPLES = 2000
+_T = TypeVar("_T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -111,8 +113,7 @@ def compare(
         ConfigError: a config that cannot be used.
         ValueError: repeats, warm-up or visual tokens out of range.
     """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup not negative, not {repeats} and {warmup}")
+    check_rounds(repeats, warmup)
     units = round(visual_tokens / _TOKENS_PER_UNIT)
     if units < 1:
         raise ValueError(f"visual_tokens must be at least {_TOKENS_PER_UNIT}, not {visual_tokens}")
@@ -158,14 +159,29 @@ def compare(
 
 def prefill_ms(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """Milliseconds of one forward over the prompt, with a cache, up to the logits of its last token."""
-    # Only a GPU runs behind the host's clock.
-    wait: Callable[[], None] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    return call_ms(lambda: model(**inputs, logits_to_keep=1, use_cache=True), model.device)
+
+
+def call_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of ``call``, for inference."""
     with torch.inference_mode():
-        wait()
+        wait_for(device)
         start = time.perf_counter()
-        model(**inputs, logits_to_keep=1, use_cache=True)
-        wait()
+        call()
+        wait_for(device)
         return (time.perf_counter() - start) * 1e3
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that it was given is done: only a GPU runs behind the host's clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_rounds(repeats: int, warmup: int) -> None:
+    """Raises ``ValueError`` for numbers of rounds out of range."""
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be at least 1 and warmup not negative, not {repeats} and {warmup}")
 
 
 def ratio_of_medians(times: Sequence[float], baseline: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -180,7 +196,18 @@ def ratio_of_medians(times: Sequence[float], baseline: Sequence[float]) -> tuple
     return statistics.median(times) / statistics.median(baseline), (cuts[0], cuts[-1])
 
 
-def in_process(job: Callable[..., int], *arguments: Any) -> int:
+def in_turn(names: Sequence[_T], turn: int) -> Sequence[_T]:
+    """The order of a round: every other one runs backwards, so that nobody always follows the same one."""
+    return names if turn % 2 == 0 else names[::-1]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, in which ``|`` becomes ``/``."""
+    cells = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells)
+
+
+def in_process(job: Callable[..., _T], *arguments: Any) -> _T:
     """What ``job`` says in a new process of its own, for memory: nothing that ran before it counts."""
     # By default glibc keeps some of what was freed, differently in each run: tens of MiB.
     with _environment("MALLOC_MMAP_THRESHOLD_", "131072"):
@@ -216,6 +243,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": _commit(),
     }
 
 
@@ -249,6 +277,15 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ("git", "describe", "--always", "--dirty", "--exclude", "*")
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # not a checkout
+    return found.stdout.strip()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,13 +68,18 @@ class FrameComparison:
 
 def write_long_video(path: Path, minutes: float, height: int = 720, width: int = 1280) -> None:
     """H.264 of textured scenes that drift and are cut every 20 seconds, with x264's usual distance of key frames."""
+    generator = torch.Generator().manual_seed(0)
+    write_video(path, _pictures(round(60 * minutes * FPS), height, width, generator), height, width, FPS)
+
+
+def write_video(path: Path, pictures: Iterable[Tensor], height: int, width: int, rate: int) -> None:
+    """H.264 of uint8 ``[3, H, W]`` pictures, ``rate`` a second."""
     import av
 
-    generator = torch.Generator().manual_seed(0)
     with av.open(os.fspath(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "23"})
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "23"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for picture in _pictures(round(60 * minutes * FPS), height, width, generator):
+        for picture in pictures:
             frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -19,7 +19,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spatiotoken.answer import Dtype, load_model
-from spatiotoken.benchmark import UNPATCHED, in_process, machine, peak_growth, prefill_ms, ratio_of_medians
+from spatiotoken.benchmark import (
+    UNPATCHED,
+    check_rounds,
+    in_process,
+    machine,
+    markdown,
+    peak_growth,
+    prefill_ms,
+    ratio_of_medians,
+)
 from spatiotoken.config import PatchConfig, load_config, presets
 from spatiotoken.patching import last_report, patched
 from spatiotoken.probe import build_tiny
@@ -133,8 +142,7 @@ def compare_layers(
     Raises:
         ValueError: repeats, warm-up or visual tokens out of range, or a method that needs a deeper model.
     """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup not negative, not {repeats} and {warmup}")
+    check_rounds(repeats, warmup)
     if round(visual_tokens / _SIDE**2) < 1:
         raise ValueError(f"visual_tokens must be at least {_SIDE**2}, not {visual_tokens}")
     device = device or torch.device("cpu")
@@ -218,14 +226,13 @@ def layer_table(comparison: LayerComparison) -> str:
             over = one.peak_memory_bytes - dense.peak_memory_bytes
             row += [f"{one.peak_memory_bytes / 2**20:.0f}", f"{over / 2**20:+.1f}"]
         rows.append(row)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
     about = comparison.model
     return (
         f"Prefill of {comparison.prompt_tokens} tokens, {comparison.visual_tokens} of them visual, by a random "
         f"{about['model_type']} of {about['num_layers']} layers and hidden size {about['hidden_size']}, without its "
         "vision tower. Retention: visual tokens that enter a layer, mean over layers. Speed-ups: predicted by the "
         "number of tokens in all layers, and by their arithmetic; measured over the unpatched model's "
-        f"{dense.median_ms:.0f} ms, medians of {len(dense.milliseconds)} rounds.\n\n{table}\n\n"
+        f"{dense.median_ms:.0f} ms, medians of {len(dense.milliseconds)} rounds.\n\n{markdown(header, rows)}\n\n"
         + _goal(comparison.timings)
     )
 

@@ -1,13 +1,13 @@
 """What methods want to know of a vision tower: saliency, hidden features, keys and summaries of frames.
 
 Read by hooks that are there only while the tower runs, from the layers that a method names. The tower itself runs as it
-always does, with its own attention; the weights of those layers are computed anew from their queries and keys, in
+always does, with its own attention; the weights of those layers are computed beside it, from their queries and keys, in
 chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatiotoken.patches.adapter import Encoding, ModelAdapter
+from spatiotoken.patches.adapter import Encoding, ModelAdapter, TowerStates
 from spatiotoken.tokens.base import Attention, SaliencyReducer, TokenReducer
 from spatiotoken.tower_stage import TowerStage
 
@@ -54,10 +54,19 @@ def joined(parts: Sequence[ItemExtras]) -> ItemExtras:
 
 
 @dataclass
+class _Attention:
+    """What went through the attention of one layer."""
+
+    module: nn.Module
+    arguments: dict[str, Any]
+    projected: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class _Seen:
     """What the hooks have caught of one run."""
 
-    attention: dict[int, tuple[nn.Module, Tensor, dict[str, Any]]] = field(default_factory=dict)
+    attention: dict[int, _Attention] = field(default_factory=dict)
     hidden: Tensor | None = None
     head_input: Tensor | None = None
     head_output: Tensor | None = None
@@ -78,7 +87,7 @@ class TowerReader:
         self, adapter: ModelAdapter, core: Any, method: TokenReducer, reduced: TowerStage | None = None
     ) -> None:
         self.adapter = adapter
-        self.whole = reduced.whole if reduced else _as_given
+        self.reduced = reduced
         self.core = core
         self.needs = method.needs
         self.layers = adapter.tower_layers(core)
@@ -101,11 +110,11 @@ class TowerReader:
             wanted.add(len(self.layers) - 1)
         for index in sorted(wanted):
             module = self.adapter.tower_attention(self.layers[index])
-            handles.append(
-                module.register_forward_pre_hook(_catch_attention(seen, index, self.whole), with_kwargs=True)
-            )
+            arguments, projected = _catch_attention(seen, index, self.reduced)
+            handles.append(module.register_forward_pre_hook(arguments, with_kwargs=True))
+            handles += [linear.register_forward_hook(projected) for linear in self.adapter.tower_linears(module)]
         if self.needs & {"hidden", "frame_features"}:
-            handles.append(self.layers[-1].register_forward_hook(_catch_hidden(seen, self.whole)))
+            handles.append(self.layers[-1].register_forward_hook(_catch_hidden(seen, self.reduced)))
         try:
             yield seen
         finally:
@@ -125,8 +134,7 @@ class TowerReader:
             rows = torch.stack([self._saliency(seen, index) for index in self.saliency_layers], dim=-1)
             found["saliency"] = [item.T for item in arranged(rows)]
         if "keys" in self.needs:
-            module, hidden, arguments = seen.attention[len(self.layers) - 1]
-            states = self.adapter.tower_states(module, hidden, arguments)
+            states, hidden = self._states(seen, len(self.layers) - 1)
             keys = hidden.new_empty(_flat(hidden).shape[0], states[0].key.shape[-1], dtype=torch.float32)
             for part in states:
                 keys[part.places] = part.key.float().mean(dim=1)
@@ -159,13 +167,17 @@ class TowerReader:
                 raise RuntimeError("the pooling head of the tower did not run")
             part = self.adapter.head_states(self.head, seen.head_input)
             return mean_weights(part.query, part.key, part.scale).flatten()
-        module, hidden, arguments = seen.attention[index]
-        states = self.adapter.tower_states(module, hidden, arguments)
+        states, hidden = self._states(seen, index)
         got = hidden.new_empty(_flat(hidden).shape[0], dtype=torch.float32)
         for part in states:
             query = part.query[:, :, :1] if self.attention == "cls" else part.query
             got[part.places] = mean_weights(query, part.key, part.scale)
         return self._patches(got[:, None], hidden)[:, 0]
+
+    def _states(self, seen: _Seen, index: int) -> tuple[list[TowerStates], Tensor]:
+        """Queries and keys of a layer, and something that has the rows of the layer's input."""
+        caught = seen.attention[index]
+        return self.adapter.tower_states(caught.module, caught.projected, caught.arguments), caught.projected[0]
 
     def _patches(self, values: Tensor, like: Tensor) -> Tensor:
         """Rows of a layer without those of the CLS tokens."""
@@ -210,24 +222,23 @@ def _flat(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, -2)
 
 
-_Whole = Callable[[Tensor, Mapping[str, Any]], tuple[Tensor, dict[str, Any]]]
+def _catch_attention(seen: _Seen, index: int, reduced: TowerStage | None) -> tuple[Any, Any]:
+    """Hooks before the attention, and behind those of its modules that make queries and keys."""
+
+    def called(module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        rest = {name: value for name, value in arguments.items() if name != "hidden_states"}
+        seen.attention[index] = _Attention(module, reduced.whole_arguments(rest) if reduced else rest)
+
+    def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.attention[index].projected.append(reduced.whole(output) if reduced else output)
+
+    return called, projected
 
 
-def _as_given(hidden: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    return hidden, dict(arguments)
-
-
-def _catch_attention(seen: _Seen, index: int, whole: _Whole) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        rest = dict(arguments)
-        seen.attention[index] = module, *whole(args[0] if args else rest.pop("hidden_states"), rest)
-
-    return hook
-
-
-def _catch_hidden(seen: _Seen, whole: _Whole) -> Any:
+def _catch_hidden(seen: _Seen, reduced: TowerStage | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.hidden, _ = whole(output[0] if isinstance(output, tuple) else output, {})
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.hidden = reduced.whole(hidden) if reduced else hidden
 
     return hook
 

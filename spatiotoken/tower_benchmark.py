@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from spatiotoken.benchmark import UNPATCHED, in_process, peak_growth, ratio_of_medians
+from spatiotoken.benchmark import (
+    UNPATCHED,
+    call_ms,
+    check_rounds,
+    in_process,
+    markdown,
+    peak_growth,
+    ratio_of_medians,
+)
 from spatiotoken.config import load_config
 from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.patching import patched
@@ -176,20 +183,25 @@ class _Setting:
     threads: int
 
 
-def tower_config(model_type: str, layers: int) -> PreTrainedConfig:
-    """Config of a model whose tower has the released shape, but ``layers`` layers."""
+def vision_settings(model_type: str, layers: int) -> dict[str, Any]:
+    """Of a tower of the released shape, but with ``layers`` layers."""
     tower = TOWERS[model_type]
-    clip = "model_type" in tower.vision
-    vision = {**tower.vision, "num_hidden_layers" if clip else "depth": layers}
-    text: dict[str, Any] = dict(_TEXT)
-    if clip:
-        text["model_type"] = "qwen2" if model_type == "llava_onevision" else "llama"
+    vision = {**tower.vision, "num_hidden_layers" if "model_type" in tower.vision else "depth": layers}
     if model_type == "qwen2_5_vl":
         vision["fullatt_block_indexes"] = list(range(7, layers, 8)) or [layers - 1]
     if model_type == "qwen3_vl":
         # At 8, 16 and 24 of 27.
         vision["deepstack_visual_indexes"] = sorted({layers * index // tower.layers for index in (8, 16, 24)})
-    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **tower.top)
+    return vision
+
+
+def tower_config(model_type: str, layers: int) -> PreTrainedConfig:
+    """Config of a model whose tower has the released shape, but ``layers`` layers."""
+    vision = vision_settings(model_type, layers)
+    text: dict[str, Any] = dict(_TEXT)
+    if "model_type" in vision:
+        text["model_type"] = "qwen2" if model_type == "llava_onevision" else "llama"
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **TOWERS[model_type].top)
 
 
 def compare_towers(
@@ -225,8 +237,7 @@ def compare_towers(
     """
     if unknown := set(model_types) - set(TOWERS):
         raise ValueError(f"unknown model types {', '.join(sorted(unknown))}; there are {', '.join(TOWERS)}")
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup not negative, not {repeats} and {warmup}")
+    check_rounds(repeats, warmup)
     frames = frames if frames is not None else 32 if size == "7b" else 8
     if frames < 2 or frames % 2:
         raise ValueError(f"frames must be even, at least 2, not {frames}")
@@ -251,7 +262,7 @@ def _compare(setting: _Setting, repeats: int, warmup: int, memory: bool) -> Towe
     for turn in range(warmup + repeats):
         for name, row in times.items():
             with _config(model, name):
-                elapsed = _milliseconds(model, video)
+                elapsed = call_ms(lambda: _encode(model, video), model.device)
             if turn >= warmup:
                 row.append(elapsed)
     plain = features[UNPATCHED]
@@ -276,8 +287,7 @@ def tower_table(comparisons: Sequence[TowerComparison]) -> str:
     """Markdown."""
     memory = any(timing.peak_memory_bytes is not None for one in comparisons for timing in one.timings)
     header = ["tower", "layers", "patches", "config", "ms", "ratio to unpatched", "95 %", "greatest difference"]
-    rows = [header + ["peak, MiB"] * memory]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for one in comparisons:
         for timing in one.timings:
             low, high = timing.ratio_interval
@@ -288,7 +298,7 @@ def tower_table(comparisons: Sequence[TowerComparison]) -> str:
                 peak = timing.peak_memory_bytes
                 row.append("" if peak is None else f"{peak / 2**20:.0f}")
             rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(header + ["peak, MiB"] * memory, rows)
 
 
 def _config(model: PreTrainedModel, name: str) -> AbstractContextManager[Any]:
@@ -306,17 +316,6 @@ def _features(model: PreTrainedModel, video: Video, name: str) -> Tensor:
 def _encode(model: PreTrainedModel, video: Video) -> Any:
     # What is within: around it, families give the pixels different names.
     return find_adapter(model).core(model).get_video_features(*video)
-
-
-def _milliseconds(model: PreTrainedModel, video: Video) -> float:
-    # Only a GPU runs behind the host's clock.
-    wait: Callable[[], None] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    with torch.inference_mode():
-        wait()
-        start = time.perf_counter()
-        _encode(model, video)
-        wait()
-        return (time.perf_counter() - start) * 1e3
 
 
 def _peak_memory(setting: _Setting, name: str) -> int:

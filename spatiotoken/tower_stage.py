@@ -153,15 +153,19 @@ class TowerStage:
         run = self._current()
         return "" if run is None else json.dumps([self.method.name, self.method.model_dump(mode="json"), run.grids])
 
-    def whole(self, hidden: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """What a layer or its attention was given, as if each patch had what stands for it."""
+    def whole(self, hidden: Tensor) -> Tensor:
+        """Rows of a layer as if each patch had those of what stands for it."""
         run = self._current()
         if run is None or run.packing is None:
-            return hidden, dict(arguments)
-        rest = dict(arguments)
-        if run.positions is not None and "position_embeddings" in rest:
-            rest["position_embeddings"] = run.positions
-        return run.packing.restored(hidden.flatten(0, -2)).view(*run.shape[:-1], -1), rest
+            return hidden
+        return run.packing.restored(hidden.flatten(0, -2)).view(*run.shape[:-1], -1)
+
+    def whole_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the attention of a layer was called with, as if each patch had been there."""
+        run = self._current()
+        if run is None or run.packing is None or run.positions is None:
+            return arguments
+        return {**arguments, "position_embeddings": run.positions}
 
     def _current(self) -> _Run | None:
         run = _RUN.get()
@@ -231,7 +235,7 @@ class TowerStage:
         return self.adapter.tower_output(module, attend(query, key, value, chunks, scale, bias))
 
     def _whole_input(self, original: Callable[..., Any], hidden: Tensor, *args: Any, **arguments: Any) -> Any:
-        return original(self.whole(hidden, {})[0], *args, **arguments)
+        return original(self.whole(hidden), *args, **arguments)
 
     def _projector(self, original: Callable[..., Any], features: Tensor) -> Any:
         """Patches with one value are projected once."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +35,8 @@ from spatiotoken.attention_benchmark import (
     video_prompt,
 )
 from spatiotoken.registry import METHODS
+from tests.benchmarking import run_script, tables
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 CPU = torch.device("cpu")
 TINY = Layout(4, 2, 16)
 ONCE = Rounds(repeats=1)
@@ -49,28 +46,6 @@ ONCE = Rounds(repeats=1)
 def no_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles for many seconds."""
     monkeypatch.setattr(attention_benchmark, "unavailable", lambda name, device: "no" if name == "flex" else None)
-
-
-def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *args])
-    importlib.import_module("benchmark").main()
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """The cells of each Markdown table, the header first; all rows are as wide as it."""
-    found: list[list[list[str]]] = []
-    inside = False
-    for line in text.splitlines():
-        if line.startswith("|"):
-            assert line.endswith("|")
-            if not inside:
-                found.append([])
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        inside = line.startswith("|")
-    for rows in found:
-        assert {len(row) for row in rows} == {len(rows[0])} and set(rows.pop(1)) == {"---"}
-    return found
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
@@ -238,7 +213,7 @@ def test_script_prints_every_method(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(attention_benchmark, "RECALL_LAYOUT", TINY)
     engine = ("--lengths", "256", "--layout", "4", "2", "16", "--block", "16", "32", "--densities", "0.2", "0.3")
     estimates = ("--estimate-length", "192", "--estimate-layout", "4", "2", "16")
-    script(monkeypatch, "--suite", "attention", "--threads", "1", *engine, *estimates, "--repeats", "1")
+    run_script(monkeypatch, "--suite", "attention", "--threads", "1", *engine, *estimates, "--repeats", "1")
     output = capsys.readouterr().out
     dense, sparse, estimated, seen = tables(output)
     assert "blocks of 16 queries by 32 keys" in output and "torch_threads: 1" in output
@@ -255,7 +230,7 @@ def test_script_prints_every_method(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_script_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--lengths", "256", "--layout", "2", "1", "16", "--block", "16", "16", "--densities", "0.3")
     tables = ("--tables", "engine", "estimates", "--methods", "hip", "--estimate-length", "64")
-    script(monkeypatch, "--suite", "attention", "--threads", "1", *size, *tables, "--repeats", "1", "--json")
+    run_script(monkeypatch, "--suite", "attention", "--threads", "1", *size, *tables, "--repeats", "1", "--json")
     data = json.loads(capsys.readouterr().out)
     assert data.keys() == {"suite", "machine", "engine", "estimates"} and data["suite"] == "attention"
     assert [one["per"] for one in data["engine"]] == list(PATTERNS_PER)
@@ -279,7 +254,7 @@ def test_script_refuses_bad_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], named: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script(monkeypatch, "--suite", "attention", *args)
+        run_script(monkeypatch, "--suite", "attention", *args)
     assert named in capsys.readouterr().err
 
 
@@ -287,5 +262,5 @@ def test_other_suites_take_one_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script(monkeypatch, "--suite", "tokens", "--threads", "1", "2")
+        run_script(monkeypatch, "--suite", "tokens", "--threads", "1", "2")
     assert "attention suite only" in capsys.readouterr().err

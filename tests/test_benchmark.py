@@ -40,6 +40,7 @@ def test_overhead_suite_prints_json() -> None:
         "python",
         "torch",
         "transformers",
+        "commit",
     }
     assert data["machine"]["torch_threads"] == 1
     assert data["machine"]["device"] == "cpu" and data["machine"]["dtype"] == "float32"

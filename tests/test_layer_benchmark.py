@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from spatiotoken.layers.pyramiddrop import PyramidDrop
 from spatiotoken.patching import patched
 from spatiotoken.probe import build_tiny
 from spatiotoken.registry import METHODS
+from tests.benchmarking import cells, options, run_script
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY: dict[str, Any] = {"repeats": 2, "visual_tokens": 220, "hidden_size": 64, "num_layers": 6}
 ROWS = [
     "unpatched",
@@ -46,19 +44,7 @@ def everything() -> LayerComparison:
 
 
 def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--suite", "layers", *options, *args])
-    importlib.import_module("benchmark").main()
-
-
-def cells(text: str) -> list[list[str]]:
-    """Those of the one Markdown table, the header first; all rows are as wide as it."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.endswith("|") for line in lines)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {len(row) for row in rows} == {len(rows[0])} and set(rows.pop(1)) == {"---"}
-    return rows
+    run_script(monkeypatch, "--suite", "layers", *options(TINY), *args)
 
 
 def test_configs() -> None:

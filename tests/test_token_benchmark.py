@@ -6,7 +6,6 @@ import ast
 import importlib
 import inspect
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +30,8 @@ from spatiotoken.token_benchmark import (
 )
 from spatiotoken.tokens.divprune import DivPrune
 from spatiotoken.tokens.evs import EVS
+from tests.benchmarking import SCRIPTS, run_script
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 ONCE: dict[str, Any] = {"repeats": 1, "warmup": 0}
 
 
@@ -45,12 +44,6 @@ def video() -> VideoFeatures:
 def authors(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module("authors")
-
-
-def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *args])
-    importlib.import_module("benchmark").main()
 
 
 def write(root: Path, file: str, text: str) -> None:
@@ -257,7 +250,7 @@ def test_script_times_the_authors(
     )
     size = ("--grid", "4", "3", "3", "--channels", "16", "--repeats", "2", "--warmup", "0")
     methods = ("--methods", "evs", "random", "sttm")
-    script(monkeypatch, "--suite", "tokens", *methods, "--authors", str(tmp_path), *size, "--json")
+    run_script(monkeypatch, "--suite", "tokens", *methods, "--authors", str(tmp_path), *size, "--json")
     data = json.loads(capsys.readouterr().out)
     assert data.keys() == {"suite", "machine", "grid", "channels", "timings"}
     assert data["suite"] == "tokens" and data["grid"] == [4, 3, 3] and data["channels"] == 16
@@ -267,7 +260,7 @@ def test_script_times_the_authors(
     assert (random["kept"], random["authors_kept"], random["note"]) == (9, None, "a baseline of ours")
     assert sttm["note"] == "no checkout of HYUNJS/STTM"
 
-    script(monkeypatch, "--suite", "tokens", *methods, *size, "--markdown")
+    run_script(monkeypatch, "--suite", "tokens", *methods, *size, "--markdown")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and {line.count("|") for line in lines} == {9}
     assert lines[2].startswith("| evs | 9 | ")
@@ -280,5 +273,5 @@ def test_script_refuses_bad_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script(monkeypatch, "--suite", "tokens", "--channels", "8", "--grid", "2", "2", "2", *args)
+        run_script(monkeypatch, "--suite", "tokens", "--channels", "8", "--grid", "2", "2", "2", *args)
     assert args[-1] in capsys.readouterr().err

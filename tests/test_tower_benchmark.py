@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +23,8 @@ from spatiotoken.tower_benchmark import (
     tower_table,
 )
 from spatiotoken.vision import exact
+from tests.benchmarking import cells, options, run_script
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 RUN: dict[str, Any] = {"frames": 4, "side": 3, "num_layers": 3, "repeats": 2}
 FAST = "dense, fast_tower"
 
@@ -40,6 +37,10 @@ def shrunk(tower: Tower) -> Tower:
     if "embed_dim" not in vision:  # where there is one, the hidden size is the language model's
         vision["hidden_size"] = 64
     return replace(tower, vision=vision)
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    run_script(monkeypatch, "--suite", "tower", *options(RUN), *args)
 
 
 @pytest.fixture
@@ -62,21 +63,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(exact, "chunked_attention", counted("packed", exact.chunked_attention))
     monkeypatch.setattr(llava, "in_parts", counted("parts", llava.in_parts))
     return found
-
-
-def script(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in RUN.items()]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--suite", "tower", *options, *args])
-    importlib.import_module("benchmark").main()
-
-
-def cells(text: str) -> list[list[str]]:
-    """Those of the one Markdown table, the header first; all rows are as wide as it."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {len(row) for row in rows} == {len(rows[0])} and set(rows.pop(1)) == {"---"}
-    return rows
 
 
 def test_shapes_are_those_of_released_towers() -> None:

@@ -22,9 +22,11 @@ from tests.conftest import QUESTION, Family
 
 QUESTIONS = (QUESTION, "Which colour is the ball that the tall person throws?")
 EVS = config_of(("tokens", "evs"), REDUCED["tokens", "evs"])
+TOME = config_of(("vision", "tome"), REDUCED["vision", "tome"])
 REUSING = {
     "dense": load_config("dense"),
     "fast_tower": load_config("dense", fast_tower=True),
+    "vision": TOME,
     "tokens": EVS,
     "question": config_of(("tokens", "cdpruner"), REDUCED["tokens", "cdpruner"]),
     "frames": config_of(("frames", "uniform"), REDUCED["frames", "uniform"]),
@@ -103,6 +105,28 @@ def test_configs_share_and_do_not_disturb_each_other(family: Family) -> None:
                 family.generate(inputs)
     assert torch.equal(unpatched, fresh[1])
     assert len(runs) == 2 == cache.misses and cache.hits == 16
+
+
+def test_outputs_of_reduced_towers_are_told_apart(family: Family) -> None:
+    """From each other, from those of the whole tower, and from what a `frames` method sees of all frames."""
+    inputs = family.inputs([("image", "nasa"), ("video", "pancake", 8), QUESTION])
+    every = {"method": "longvu", "num_frames": 1000, "scorer": "tower"}
+    configs = [
+        *("dense", TOME, load_config(TOME, **{"vision.retention": 0.6})),
+        *(load_config(TOME, images=True), load_config(TOME, frames=every)),
+    ]
+    fresh = []
+    for config in configs:
+        with patched(family.model, config):
+            fresh.append(family.logits(inputs))
+    assert torch.equal(fresh[1], fresh[4]), "all frames are kept"
+    with VideoCache(family.model) as cache, counted_towers(family) as runs:
+        for _ in range(2):
+            for config, expected in zip(configs, fresh, strict=True):
+                with patched(family.model, config):
+                    assert torch.equal(family.logits(inputs), expected)
+    # Video and image as they are; the video at two retentions; the image at one.
+    assert len(runs) == 5 == cache.misses
 
 
 def test_images_alone(image_family: Family) -> None:

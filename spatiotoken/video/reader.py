@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from .types import VideoMetadata, VideoReadError
-
-if TYPE_CHECKING:
-    import torch
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from .types import VideoMetadata, VideoReadError
 
 # Matroska keeps times in whole milliseconds, so a frame due at 2/30 s is stored as presented at 0.067 s: without
 # this allowance "the frame shown at 2/30 s" would be the one before.

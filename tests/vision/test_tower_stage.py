@@ -261,17 +261,15 @@ def test_repeated_frames_cost_nothing(family: Family) -> None:
         assert report.tower_rows == (report.stages["vision"].tokens_out,) * len(report.tower_rows)
 
 
-def test_places_are_those_of_the_positions(family: Family) -> None:
-    """Rows of a Qwen tower with one place in a frame have one rotary position, those of two places two."""
-    if family.stacks_videos:
-        pytest.skip("rows of CLIP and SigLIP towers are in the order of the picture")
-    adapter, core = find_adapter(family.model), family.model.model
-    encoding = encoding_of(family, [("video", "pancake", 4), QUESTION])
+def test_places_are_those_of_the_positions(qwen: Family) -> None:
+    """Rows of a tower with one place in a frame have one rotary position, those of two places two."""
+    adapter, core = find_adapter(qwen.model), qwen.model.model
+    encoding = encoding_of(qwen, [("video", "pancake", 4), QUESTION])
     rows, caught = adapter.tower_rows(core, "video", encoding), []
     handle = core.visual.blocks[0].register_forward_pre_hook(
         lambda module, args, arguments: caught.append(arguments["position_embeddings"][0]), with_kwargs=True
     )
-    features(family, encoding)
+    features(qwen, encoding)
     handle.remove()
     (_, height, width), places = rows.grids[0], rows.places
     assert places is not None and torch.equal(places.sort().values, torch.arange(len(places)))
