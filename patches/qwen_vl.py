@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, ModelAdapter, Part, TowerRows, TowerStates
 from spatiotoken.undo import Undo
-from spatiotoken.vision.exact import SLOT, PackedTower, register_packed
+from spatiotoken.vision.exact import SLOT, PackedTower, chunk_rows, register_packed
 
 
 class QwenVL(ModelAdapter):
@@ -109,14 +109,14 @@ class QwenVL(ModelAdapter):
     ) -> list[TowerStates]:
         query, key, _ = self._heads(attention, projected[0], arguments)
         bounds: list[int] = arguments["cu_seqlens"].tolist()
-        starts: dict[int, list[int]] = {}
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            starts.setdefault(stop - start, []).append(start)
         states = []
-        for size, first in starts.items():
-            places = torch.tensor(first, device=query.device)[:, None] + torch.arange(size, device=query.device)
-            chunk_query, chunk_key = (values[places].transpose(1, 2) for values in (query, key))
-            states.append(TowerStates(places, chunk_query, chunk_key, attention.scaling))
+        for rows in chunk_rows(bounds, query.device):
+            if isinstance(rows, tuple):
+                places = torch.arange(len(query), device=query.device).view(rows)
+                own = (values.unflatten(0, rows).transpose(1, 2) for values in (query, key))
+            else:
+                places, own = rows, (values[rows].transpose(1, 2) for values in (query, key))
+            states.append(TowerStates(places, *own, attention.scaling))
         return states
 
     def tower_span(self, core: Any) -> list[nn.Module]:

@@ -55,11 +55,12 @@ def joined(parts: Sequence[ItemExtras]) -> ItemExtras:
 
 @dataclass
 class _Attention:
-    """What went through the attention of one layer."""
+    """What went through the attention of one layer, and what was made of it when first asked for."""
 
     module: nn.Module
     arguments: dict[str, Any]
     projected: list[Tensor] = field(default_factory=list)
+    states: list[TowerStates] | None = None
 
 
 @dataclass
@@ -177,7 +178,9 @@ class TowerReader:
     def _states(self, seen: _Seen, index: int) -> tuple[list[TowerStates], Tensor]:
         """Queries and keys of a layer, and something that has the rows of the layer's input."""
         caught = seen.attention[index]
-        return self.adapter.tower_states(caught.module, caught.projected, caught.arguments), caught.projected[0]
+        if caught.states is None:
+            caught.states = self.adapter.tower_states(caught.module, caught.projected, caught.arguments)
+        return caught.states, caught.projected[0]
 
     def _patches(self, values: Tensor, like: Tensor) -> Tensor:
         """Rows of a layer without those of the CLS tokens."""
