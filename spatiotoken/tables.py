@@ -56,6 +56,9 @@ def comparison_table(before: Answer, after: Answer, config: str) -> Table:
     table = Table("", "unpatched", config)
     reports = before.report, after.report
     table.add_row("answer", before.text, after.text)
+    if after.report.tower_rows:
+        rows, whole = after.report.tower_rows, after.report.stages["vision"].tokens_in
+        table.add_row("rows of a tower layer, mean", str(whole), f"{sum(rows) / len(rows):.0f}")
     table.add_row("visual tokens", *(str(report.visual_tokens) for report in reports))
     table.add_row("into the language model", *(str(report.visual_kept) for report in reports))
     last = [str(report.layer_tokens[-1] - report.text_tokens) for report in reports]
@@ -86,6 +89,8 @@ def probe_table(result: ProbeResult) -> Table:
     ]
     table.add_row(f"{result.config} less this", *differences)
     table.add_row("evidence recall", *(share(run.evidence_recall) for run in runs.values()))
+    if result.tower < 1:
+        table.add_row("rows of a tower layer, mean", *(share(run.tower) for run in runs.values()))
     table.add_row("visual tokens kept", *(f"{run.visual_kept:.1f}" for run in runs.values()))
     table.add_row("retention, mean of layers", *(share(run.retention) for run in runs.values()))
     table.add_row("prefill, ms a question", *(f"{run.prefill_ms:.2f}" for run in runs.values()))

@@ -35,7 +35,7 @@ class _Run:
     Attributes:
         owner: whose run it is.
         grids: ``(T, H, W)`` in patches of each video, or of each view of an image.
-        places: ``[N]`` the patch of each of the tower's own rows within its video, -1 for CLS tokens.
+        places: ``[N]`` the patch of each of the tower's own rows, counted through all grids; -1 for CLS tokens.
         pixels: colours of all patches, as ``ModelAdapter.tower_pixels`` has them.
         counts: rows that are left of each frame of each video.
         packing: what is left; None as long as that is everything, and after the last layer.

@@ -240,7 +240,7 @@ REPRESENTATIVE = (
 COMBINED: dict[str, dict[str, Any]] = {
     "light": load_config("light").to_dict(),
     "balanced": load_config("balanced", **{"frames.num_frames": 3}).to_dict(),
-    "fastest": load_config("fastest", **{"frames.num_frames": 2, "tokens.retention": 0.5}),
+    "fastest": load_config("fastest", **{"frames.num_frames": 2, "tokens.retention": 0.5}).to_dict(),
     "aggressive": load_config(
         "aggressive",
         **{"frames.num_frames": 2, "tokens.retention": 0.5}

@@ -266,6 +266,7 @@ def test_run_without_a_video_makes_one(config: str) -> None:
 def test_run_without_a_video_shows_both_answers() -> None:
     result = invoke("run", "--example", "5", "--config", "light")
     assert result.exit_code == 0, result.stderr
+    assert "tower" not in result.stdout
     for text in (
         "Which letter flashes up?  (the right answer: ",
         "unpatched",
@@ -274,6 +275,14 @@ def test_run_without_a_video_shows_both_answers() -> None:
         "128",
     ):
         assert text in result.stdout
+
+
+def test_run_tells_of_the_vision_tower() -> None:
+    result = invoke("run", "--example", "5", "--config", "dense", "--set", "vision.method=tome")
+    assert result.exit_code == 0, result.stderr
+    # Of the 64 patches of each of 8 temporal units 64, 52, 40 and 28 enter the four layers.
+    (row,) = (line for line in result.stdout.splitlines() if "rows of a tower layer, mean" in line)
+    assert re.findall(r"\d+", row) == ["512", str(sum(8 * rows for rows in (64, 52, 40, 28)) // 4)]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
