@@ -137,8 +137,7 @@ class QwenVL(ModelAdapter):
         if hasattr(core.visual, "window_size"):
             order, bounds = self._windows(core, kind, encoding)
             places, windows = places[order.cpu()], tuple(bounds.diff().tolist())
-        device = core.visual.patch_embed.proj.weight.device
-        return TowerRows(tuple(grids), places.flatten().to(device), windows)
+        return TowerRows(tuple(grids), places.flatten(), windows)
 
     def tower_pixels(self, core: Any, kind: str, encoding: Encoding) -> Tensor:
         pixels = encoding["pixel_values_videos" if kind == "video" else "pixel_values"]

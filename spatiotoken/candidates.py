@@ -38,9 +38,6 @@ class Candidates:
         self.cache: FeatureCache | None = None
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._template_end = ""
-        if hasattr(processor, "video_processor"):
-            adapter.pixel_mean = tuple(processor.video_processor.image_mean)
-            adapter.pixel_std = tuple(processor.video_processor.image_std)
         if self.scorer is None or self.scorer.kind not in _OWN_MODEL:
             return
         if self.method.needs & {"relevance", "score"}:

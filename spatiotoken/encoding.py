@@ -68,7 +68,7 @@ class FeatureStages:
     """Runs the stages before the language model for one model.
 
     Args:
-        processor: the model's, for frame selectors that read the question.
+        processor: the model's, for frame selectors that read the question, and for how pixels were normalised.
 
     Raises:
         ValueError: a method needs a part of the vision tower that the model lacks, or the processor.
@@ -78,6 +78,9 @@ class FeatureStages:
         self.adapter = adapter
         self.core = core
         self.config = config
+        pictures = getattr(processor, "video_processor", getattr(processor, "image_processor", None))
+        if pictures is not None:
+            adapter.pixel_mean, adapter.pixel_std = tuple(pictures.image_mean), tuple(pictures.image_std)
         self.tower = TowerStage(adapter, core, config.vision) if config.vision else None
         self.reader: TowerReader | None = None
         if config.tokens is not None and config.tokens.needs - {"question"}:

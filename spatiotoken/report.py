@@ -22,7 +22,10 @@ from spatiotoken.registry import STAGES
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of the last prefill. ``milliseconds`` is what the method itself took."""
+    """One stage of the last prefill. ``milliseconds`` is what the method itself took.
+
+    For the stage ``vision`` tokens are rows of the tower, CLS tokens included: all, and those behind its last layer.
+    """
 
     method: str
     tokens_in: int
@@ -61,7 +64,7 @@ class ForwardReport:
         peak_memory_bytes: of the process on a CPU, of torch's allocator on a GPU, since the process began (or since
             ``torch.cuda.reset_peak_memory_stats``).
         tower_rows: rows that entered each layer of the vision tower, CLS tokens included; none without a method of the
-            stage ``vision``.
+            stage ``vision``, or if the tower did not run because a ``VideoCache`` had what it makes.
         frames: for each video of the prefill the kept temporal units, None where all were.
         layer_tokens: how many tokens entered each decoder layer.
         seen: for each sample and each of its video tokens (newlines included), whether the last decoder layer still had
@@ -121,14 +124,15 @@ class Recorder:
         entry.tokens_in = entry.tokens_in + tokens_in
         entry.tokens_out = entry.tokens_out + tokens_out
 
-    def tower(self, method: str, patches: int, rows: list[int]) -> None:
+    def tower(self, method: str, total: int, rows: list[int], left: int) -> None:
         """Note a run of the vision tower.
 
         Args:
-            patches: rows that it would have without the method.
+            total: rows that it would have without the method.
             rows: that entered each of its layers.
+            left: behind the last one.
         """
-        self.stage("vision", method, patches, rows[-1])
+        self.stage("vision", method, total, left)
         self._tower_rows = [a + b for a, b in zip(self._tower_rows or [0] * len(rows), rows, strict=True)]
 
     def attended(self, layer: int, length: int, density: float, backend: str) -> None:

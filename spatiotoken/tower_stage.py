@@ -1,8 +1,8 @@
 """The ``vision`` stage: fewer patches in the layers of a model's vision tower.
 
-Layers are wrapped. Until a method leaves something out they run as they are; from then on their rows are packed (frames
-of different lengths one behind the other), and after the last one all patches are there again. Modules that read all
-patches on the way, such as those of deepstack features, get them whole too.
+Layers are wrapped. Up to the first one in which the method acts they run as they are; from there on their rows are
+packed (frames of different lengths one behind the other), and after the last one all patches are there again. Modules
+that read all patches on the way, such as those of deepstack features, get them whole too.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class _Run:
         """Pack all rows."""
         self.shape = tuple(hidden.shape)
         extra = int(self.owner.shape.has_cls)
+        # Known only now: weights of offloaded towers are on no device before.
+        self.places = self.places.to(hidden.device)
         self.counts = [(height * width + extra,) * frames for frames, height, width in self.grids]
         self.packing = Packing.everything([n for counts in self.counts for n in counts], self.windows, hidden.device)
 
     def attention(self, patches: Tensor, cls: Tensor) -> TowerAttention:
         """Of some packed rows in the layer at hand."""
-        if self.states is None:
-            raise RuntimeError("a vision method that acts before a layer cannot read its attention")
+        assert self.states is not None
         query, key, value, scale = self.states
         return TowerAttention(query[patches], key[patches], value[patches], query[cls] if len(cls) else None, scale)
 
@@ -90,7 +91,8 @@ class TowerStage:
     """Runs a ``vision`` method in one model's tower.
 
     Raises:
-        ValueError: the projector reads several layers, or the method names layers that the tower lacks.
+        ValueError: the projector reads several layers or none, or the method names layers that the tower lacks or asks
+            for attention before it has run.
     """
 
     def __init__(self, adapter: ModelAdapter, core: Any, method: TowerReducer) -> None:
@@ -100,10 +102,15 @@ class TowerStage:
                 f"vision method {method.name!r}: the projector of this model reads the layers {list(read)} of its "
                 "vision tower; supported are models that read one"
             )
+        if method.before_layer and "attention" in method.needs:
+            raise ValueError(f"vision method {method.name!r} acts before a layer, so it cannot read its attention")
         self.adapter = adapter
         self.core = core
         self.method = method
+        self.read = read
         self.layers = adapter.tower_span(core)
+        if not self.layers:
+            raise ValueError(f"vision method {method.name!r}: no layer of this vision tower reaches the projector")
         self.windowed = adapter.windowed_layers(core)
         whole = tuple(index for index in range(len(self.layers)) if index not in self.windowed)
         self.shape = TowerShape(len(self.layers), whole, adapter.has_cls(core))
@@ -134,24 +141,35 @@ class TowerStage:
 
         Args:
             sizes: how many of the tower's own items are one video; those of one size are its frames.
+
+        Raises:
+            ValueError: another layer of the tower is asked for than the model's configuration says.
         """
+        if encoding.get("vision_feature_layer") not in (None, self.read):
+            raise ValueError(
+                f"vision method {self.method.name!r} leaves the patches of layer {self.read} whole, not those of "
+                f"vision_feature_layer={encoding['vision_feature_layer']}: set it in the model's configuration"
+            )
         lying = self.adapter.tower_rows(self.core, kind, encoding)
-        device = next(self.layers[0].parameters()).device
         grids = _joined(lying.grids, sizes)
         pixels = cache(partial(self.adapter.tower_pixels, self.core, kind, encoding))
-        run = _Run(self, recorder, grids, self._places(lying, grids, device), lying.windows, pixels)
+        run = _Run(self, recorder, grids, self._places(lying, grids), lying.windows, pixels)
         token = _RUN.set(run)
         try:
             yield
         finally:
             _RUN.reset(token)
         if run.rows:  # none where a VideoCache had the output
-            recorder.tower(self.method.name, len(run.places), run.rows)
+            left = run.rows[-1] if run.last is None else len(run.last.origin)
+            recorder.tower(self.method.name, len(run.places), run.rows, left)
 
     def described(self) -> str:
         """All that is done to the tower at this moment, for caches of its output; empty if it runs as it is."""
         run = self._current()
-        return "" if run is None else json.dumps([self.method.name, self.method.model_dump(mode="json"), run.grids])
+        if run is None:
+            return ""
+        colours = [self.adapter.pixel_mean, self.adapter.pixel_std] if "pixels" in self.method.needs else []
+        return json.dumps([self.method.name, self.method.model_dump(mode="json"), run.grids, colours])
 
     def whole(self, hidden: Tensor) -> Tensor:
         """Rows of a layer as if each patch had those of what stands for it."""
@@ -171,12 +189,11 @@ class TowerStage:
         run = _RUN.get()
         return run if run is not None and run.owner is self else None
 
-    def _places(self, lying: TowerRows, grids: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    def _places(self, lying: TowerRows, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """``[N]`` the patch of each row of the tower, counted through all grids; -1 for CLS tokens."""
-        if lying.places is None:
-            places = torch.arange(sum(t * h * w for t, h, w in grids), device=device)
-        else:
-            places = lying.places.to(device)
+        places = lying.places
+        if places is None:
+            places = torch.arange(sum(t * h * w for t, h, w in grids))
         if not self.shape.has_cls:
             return places
         frames = places.split([h * w for t, h, w in grids for _ in range(t)])
@@ -192,6 +209,10 @@ class TowerStage:
             if index not in self.acting:
                 run.rows.append(hidden.shape[:-1].numel())
                 return original(hidden, *args, **arguments)
+            layer: Any = self.layers[index]
+            if hidden.requires_grad and layer.training and getattr(layer, "gradient_checkpointing", False):
+                # The second forward comes when this run is over.
+                raise ValueError("gradient checkpointing does not work with a `vision` method: use `model.eval()`")
             run.start(hidden)
             if hidden.ndim == 3:  # a batch of views becomes one of packed rows
                 hidden = hidden.flatten(0, 1)[None]
@@ -230,7 +251,7 @@ class TowerStage:
         whole_context = self.method.whole_context
         chunks = run.packing.chunks(windows=index in self.windowed, whole_context=whole_context)
         bias = run.packing.log_sizes if self.method.proportional and not whole_context else None
-        if index in self.acting:
+        if index in self.acting and "attention" in self.method.needs:
             run.states = query, key, value, scale
         return self.adapter.tower_output(module, attend(query, key, value, chunks, scale, bias))
 
@@ -298,10 +319,12 @@ class TowerStage:
             run.grids[video],
             index,
             self.shape,
-            pixels=run.pixels()[places] if "pixels" in self.method.needs else None,
+            pixels=run.pixels().to(rows.device)[places] if "pixels" in self.method.needs else None,
             attention=run.attention(patches, cls) if "attention" in self.method.needs else None,
         )
-        merge = self.method.reduce(tokens)
+        # It ranks and groups patches, in float32 where it says so, and is no part of what the model computes.
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            merge = self.method.reduce(tokens)
         if merge is None or len(merge.survivors) == tokens.num_tokens:
             return _Part(rows, rows, torch.ones(len(rows), device=rows.device), counts)
         frames = torch.repeat_interleave(

@@ -54,8 +54,9 @@ class VideoCache:
 
     *Outputs* of ``get_video_features`` and ``get_image_features``, under a hash of the pixels, grids and all other
     arguments, in memory of the host. The cache lies beneath a patch, so configs share it: a ``frames`` method asks for
-    the frames that it chose, a ``tokens`` method gets a copy of its own. A ``tokens`` method that looks into the tower
-    (saliency, hidden states, keys, frame features) needs it to run, so there nothing is remembered; nor where gradients
+    the frames that it chose, a ``tokens`` method gets a copy of its own; only a ``vision`` method has outputs that no
+    other config shares. A ``tokens`` method that looks into the tower (saliency, hidden states, keys, frame features)
+    needs it to run, so there nothing is remembered; nor where gradients
     flow to the tower or the pixels, nor where a caller asks for hidden states or attentions. Others who call these
     functions find ``pooler_output`` and ``deepstack_features`` in the output, the first time as well as later, and
     nothing else. Hooks on the tower's modules run when the tower does.

@@ -40,7 +40,7 @@ def segment_lengths(cosines: Sequence[Sequence[float]], similarity: float, decay
     make it ``window`` long.
 
     Args:
-        cosines: of each frame with the next ``window - 2``.
+        cosines: of each frame with the next ``window - 2``, or with all if there are fewer.
         decay: weight of the latest similarity in the running mean, which begins at 1.
     """
     lengths, start, running = [], 0, 1.0
@@ -137,7 +137,7 @@ class EarlyMerge(TowerReducer, method="early_merge", paper="2605.30010"):
         frames = tokens.hidden.unflatten(0, (len(tokens.counts), -1))
         if frames.shape[0] < 4:
             return None
-        cosines = near_cosines(frames, self.window - 2).tolist()
+        cosines = near_cosines(frames, min(self.window - 2, len(frames) - 1)).tolist()
         left, owner, shares = merged_frames(cosines, segment_lengths(cosines, self.similarity, self.decay, self.window))
         if len(left) == len(owner):
             return None

@@ -175,6 +175,6 @@ def weighted_mean(values: Tensor, weights: Tensor, assignment: Tensor, count: in
         return mean.index_add_(0, assignment, values.float() * shares[:, None]).to(values.dtype)
     # Survivor by survivor: on a CPU several times as fast as adding row by row.
     grouped, order = assignment.sort(stable=True)
-    first = torch.searchsorted(grouped, torch.arange(count))
+    first = torch.searchsorted(grouped, torch.arange(count, device=values.device))
     bag = torch.nn.functional.embedding_bag
     return bag(order, values.float(), first, mode="sum", per_sample_weights=shares[order]).to(values.dtype)

@@ -94,7 +94,7 @@ class STA(TowerReducer, method="sta", paper="2308.04549"):
 
     retention: Retention = 0.43
     at: tuple[DepthShare, ...] = Field(
-        (0.0, 1 / 3, 2 / 3), min_length=1, description="shares of the depth at which patches go"
+        (0.0, 0.33, 0.67), min_length=1, description="shares of the depth at which patches go"
     )
 
     def layers(self, tower: TowerShape) -> tuple[int, ...]:

@@ -37,11 +37,13 @@ def static_count(frames: int, patches: int, retention: float) -> int:
 def most_changed(pixels: Tensor, count: int) -> Tensor:
     """``[T, P]`` bool with ``count`` True: the first frame, and the patches that differ most from the frame before.
 
+    What is not a number differs most.
+
     Args:
         pixels: ``[T, P, F]``.
         count: at least ``P``.
     """
-    change = (pixels[1:] - pixels[:-1]).abs().mean(dim=-1)
+    change = (pixels[1:] - pixels[:-1]).abs().mean(dim=-1).nan_to_num(torch.inf)
     later = top_mask(change.flatten(), count - pixels.shape[1]).view(change.shape)
     return torch.cat([later.new_ones(1, pixels.shape[1]), later])
 

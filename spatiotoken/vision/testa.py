@@ -21,7 +21,7 @@ def frames_and_patches(frames: int, patches: int, retention: float, temporal: fl
         parts = frames * retention**temporal, patches * retention ** (1 - temporal)
         return max(1, int(parts[0] + 1e-9)), max(1, int(parts[1] + 1e-9))
     budget = max(1, int(frames * patches * retention + 1e-9))
-    left = min(math.ceil(frames * retention**temporal - 1e-9), budget)
+    left = min(max(1, math.ceil(frames * retention**temporal - 1e-9)), budget)
     return left, budget // left
 
 

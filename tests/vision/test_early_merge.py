@@ -124,6 +124,23 @@ def test_whole_frames_through_all_layers() -> None:
     assert left.places[0] == 0 and left.places[-1] == 95
 
 
+def test_a_window_beyond_the_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similarities are those of the frames that there are, however long a segment may be."""
+    tokens = tokens_of(walk(9, 3, 4).view(-1, 2, 4), (9, 1, 3))
+    reaches: list[int] = []
+
+    def noted(frames: Tensor, reach: int) -> Tensor:
+        reaches.append(reach)
+        return near_cosines(frames, reach)
+
+    monkeypatch.setattr(early_merge, "near_cosines", noted)
+    merges = [EarlyMerge(similarity=0.0, window=window).reduce(tokens) for window in (10, 11, 10**9)]
+    assert reaches == [8, 8, 8]
+    for merge in merges:
+        assert merge is not None and merges[0] is not None
+        assert torch.equal(merge.assignment, merges[0].assignment)
+
+
 def test_few_frames_stay() -> None:
     for frames in (1, 2, 3):
         assert EarlyMerge(similarity=0).reduce(drawn((frames, 2, 2), 0)) is None

@@ -34,6 +34,14 @@ def test_not_a_number_differs() -> None:
     assert changed_patches(pixels, 1.0).tolist() == [[True, True], [True, False], [True, False]]
 
 
+def test_not_a_number_differs_most() -> None:
+    pixels = torch.zeros(4, 2, 1)
+    pixels[1, 1], pixels[2:, 0] = torch.nan, 1.0
+    # A patch also differs from what was not a number before it.
+    assert most_changed(pixels, 4).tolist() == [[True, True], [False, True], [False, True], [False, False]]
+    assert most_changed(pixels, 5).tolist() == [[True, True], [False, True], [True, True], [False, False]]
+
+
 @pytest.mark.parametrize("retention", [0.1, 0.3, 0.55, 0.99])
 def test_budget(retention: float) -> None:
     pixels = torch.rand(7, 9, 4, generator=torch.Generator().manual_seed(1))

@@ -86,6 +86,14 @@ def test_budget(temporal: float, retention: float, grid: tuple[int, int, int], d
     assert left.counts == (patches,) * frames
 
 
+def test_a_retention_of_almost_nothing_leaves_one() -> None:
+    for retention in (1e-6, 1e-20, 1e-300):
+        for temporal in (0.01, 0.5, 0.99):
+            assert frames_and_patches(96, 196, retention, temporal) == (1, 1)
+    left, owner = through(TESTA(retention=1e-20), drawn((4, 4, 4), 3))
+    assert left.counts == (1,) and owner.unique().tolist() == [0]
+
+
 def test_frames_first_then_patches() -> None:
     tokens, method = drawn((4, 4, 4), 2), TESTA(retention=0.25)
     first = method.reduce(tokens)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from pydantic import Field
 from torch import Tensor
 
@@ -17,6 +20,8 @@ from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens import SaliencyReducer
 from spatiotoken.vision.base import TowerMerge, TowerReducer, TowerShape, TowerTokens
+from tests.cases import REDUCED
+from tests.cases import config_of as case_of
 from tests.conftest import QUESTION, Family
 
 
@@ -367,3 +372,82 @@ def test_a_method_that_contradicts_itself(family: Family) -> None:
     encoding = encoding_of(family, [("video", "pancake", 4), QUESTION])
     with patched(family.model, config_of(Wrong())), pytest.raises(RuntimeError, match="'wrong' left"):
         features(family, encoding)
+
+
+def test_attention_before_it_has_run(family: Family) -> None:
+    class Early(PairsBefore):
+        name = "early"
+        needs = frozenset({"attention"})
+
+    with pytest.raises(ValueError, match="'early' acts before a layer"), patched(family.model, config_of(Early())):
+        pass
+
+
+@pytest.mark.parametrize("method", ["tome", "static_patches"])
+def test_training(family: Family, method: str) -> None:
+    """Gradients reach the tower; with checkpointing an error says that they cannot."""
+    family = family.fresh()
+    inputs = family.inputs([("video", "pancake", 4), QUESTION])
+    family.model.train()
+    weights = find_adapter(family.model).tower_span(family.model.model)[0].parameters()
+    with patched(family.model, f"{method}-50"):
+        family.model(**inputs).logits[:, -1].logsumexp(-1).sum().backward()
+        assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in weights)
+        # Renamed after transformers 5.17.
+        enable = getattr(family.model, "activation_checkpointing_enable", family.model.gradient_checkpointing_enable)
+        enable()
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            family.model(**inputs)
+
+
+@pytest.mark.parametrize(("stage", "method"), [key for key in REDUCED if key[0] == "vision"])
+def test_autocast(family: Family, stage: str, method: str) -> None:
+    """Methods compute as they say, and what comes of it is near to what the same patches give without."""
+    inputs = family.inputs([("video", "pancake", 4), QUESTION])
+    with patched(family.model, case_of((stage, method), REDUCED[stage, method])):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.isfinite(family.logits(inputs)).all()
+
+
+def test_offloaded_weights(family: Family) -> None:
+    """The tower's weights are on no device until its layers run."""
+    if family.name == "llava_onevision":
+        pytest.skip("its newline is a parameter of the model itself, which accelerate leaves on no device")
+    inputs = family.inputs([("video", "pancake", 4), QUESTION])
+    with patched(family.model, "tome-50"):
+        expected = family.logits(inputs)
+    family = family.fresh()
+    cpu_offload(family.model)
+    for name in ("tome-50", "static_patches"):
+        with patched(family.model, name):
+            actual = family.logits(inputs)
+        if name == "tome-50":
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_asked_for_at_the_call(llava: Family) -> None:
+    inputs = llava.inputs([("video", "pancake", 4), QUESTION])
+    with patched(llava.model, "tome-50"):
+        with pytest.raises(ValueError, match="vision_feature_layer=-3: set it in the model's configuration"):
+            llava.logits(inputs, vision_feature_layer=-3)
+
+
+def test_colours_are_those_of_the_processor(family: Family) -> None:
+    """Which patches stand still does not depend on how the processor normalises."""
+    processor = copy.deepcopy(family.processor)
+    inputs, rows = {}, {}
+    for mean, std in (([0.5] * 3, [0.5] * 3), ([0.0] * 3, [1 / 255] * 3)):
+        processor.video_processor.image_mean, processor.video_processor.image_std = mean, std
+        own = replace(family, processor=processor, prepared={})
+        inputs = own.inputs([("video", "pancake", 8), QUESTION])
+        with patched(family.model, "static_patches", processor=processor):
+            family.logits(inputs)
+            rows[std[0]] = last_report(family.model).tower_rows
+    assert rows[0.5] == rows[1 / 255] and rows[0.5][0] < rows_of_the_whole_tower(family, inputs)
+
+
+def rows_of_the_whole_tower(family: Family, inputs: dict[str, Tensor]) -> int:
+    """Rows of the whole tower."""
+    with patched(family.model, config_of(Nothing())):
+        family.logits(inputs)
+        return last_report(family.model).tower_rows[0]
