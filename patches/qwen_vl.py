@@ -113,10 +113,10 @@ class QwenVL(ModelAdapter):
         for rows in chunk_rows(bounds, query.device):
             if isinstance(rows, tuple):
                 places = torch.arange(len(query), device=query.device).view(rows)
-                own = (values.unflatten(0, rows).transpose(1, 2) for values in (query, key))
+                own_query, own_key = query.unflatten(0, rows), key.unflatten(0, rows)
             else:
-                places, own = rows, (values[rows].transpose(1, 2) for values in (query, key))
-            states.append(TowerStates(places, *own, attention.scaling))
+                places, own_query, own_key = rows, query[rows], key[rows]
+            states.append(TowerStates(places, own_query.transpose(1, 2), own_key.transpose(1, 2), attention.scaling))
         return states
 
     def tower_span(self, core: Any) -> list[nn.Module]:
