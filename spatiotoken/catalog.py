@@ -126,8 +126,9 @@ _PAGE_HEAD = """\
 
 Made from the registry by `make methods`. *Compared with*: "authors' vectors" are what the authors' own code returned on
 made inputs (`tests/golden`; those whose licence keeps them out of the repository are used where they are at hand); "in
-part" where released code is defective or runs where this stage does not, as [fidelity.md](fidelity.md) lists; "paper
-only" where there was no code to compare with.
+part" where released code is defective or runs where this stage does not, as [fidelity.md](fidelity.md) lists; "authors'
+code, by an independent rewrite" where the tests have the released rule written out slowly, which gave what the authors'
+code gave when both were run; "paper only" where there was no code to compare with.
 
 ## Which frames are seen: `frames`
 
