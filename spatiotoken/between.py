@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spatiotoken.config import PatchConfig
-from spatiotoken.patches.adapter import ModelAdapter
+from spatiotoken.patches.adapter import ModelAdapter, weight_device
 from spatiotoken.revival import Revival
 from spatiotoken.sequence import Rows, gather_rows, joined_valid, layer_mask
 from spatiotoken.state import ACTIVE, Forward
@@ -91,14 +91,15 @@ class BetweenLayers:
             lengths = [n - b + a for n, b, a in zip(rows.lengths, forward.counts, counts, strict=True)]
             forward.rows, inner = rows.narrow(keep, lengths)
             forward.counts, forward.visual = counts, (visual & keep).gather(1, inner)
-            forward.since_entry = inner if forward.since_entry is None else forward.since_entry.gather(1, inner)
+            since = forward.since_entry
+            forward.since_entry = inner if since is None else since.to(inner.device).gather(1, inner)
             forward.history.append((index, forward.rows))
             hidden = gather_rows(hidden, inner, 1)
             forward.observed = {
                 layer: gather_rows(noted.to(inner.device), inner, 2) for layer, noted in forward.observed.items()
             }
             forward.overrides = {
-                "position_embeddings": tuple(gather_rows(x, inner, 1) for x in arguments["position_embeddings"])
+                "position_embeddings": tuple(gather_rows(x.to(inner.device), inner, 1) for x in positions)
             }
             arguments |= forward.overrides
             forward.masks = self.masks(cache, hidden, forward.rows.padding, index)
@@ -126,6 +127,7 @@ class BetweenLayers:
         order = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         merged = hidden
         pictures = forward.pictures.to(hidden.device)
+        observed = {layer: noted.to(hidden.device) for layer, noted in forward.observed.items()}
         for sample, count in enumerate(forward.counts):
             if not count:
                 continue
@@ -151,9 +153,9 @@ class BetweenLayers:
                     asking=asking,
                     rows=functools.partial(_rows_of_sample, hidden[sample, own]),
                     weights=functools.partial(_weights_of_sample, before, here, sample, own),
-                    observed={layer: noted[:, sample, places] for layer, noted in forward.observed.items()},
+                    observed={layer: noted[:, sample, places] for layer, noted in observed.items()},
                 ),
-                forward.memory.get(sample),
+                _moved(forward.memory.get(sample), hidden.device),
             )
             forward.memory[sample] = left.memory
             counts[sample] = left.kept.shape[0]
@@ -264,7 +266,7 @@ class _Weights:
     """Attention weights of chosen query rows of one decoder layer.
 
     Attributes:
-        hidden: the layer's input, with its position embeddings.
+        hidden: the layer's input, with its position embeddings; they may be on the device of the layer before.
         keys: those of the cache; None where there are none.
         seen: ``[B, keys]`` False at padding, those of this pass included.
         whole: the cached keys hold those of this pass.
@@ -285,9 +287,10 @@ class _Weights:
             sample: only this one's, which is then the whole batch.
             stop: none of the queries comes after the first so many rows, and later ones are left out; None for all.
         """
-        length = self.hidden.shape[1]
+        hidden, positions, seen = self._moved
+        length = hidden.shape[1]
         if not self.whole:
-            own = self.adapter.keys(self.layer, self.hidden, self.positions)
+            own = self.adapter.keys(self.layer, hidden, positions)
             self.keys = own if self.keys is None else torch.cat([self.keys, own], dim=2)
             self.whole = True
         assert self.keys is not None
@@ -295,12 +298,29 @@ class _Weights:
         stop = length if stop is None else stop
         known = self.keys.shape[2] - length + stop
         # Position embeddings may be those of all samples at once.
-        cos, sin = (x.expand(self.hidden.shape[0], -1, -1)[pick, :stop] for x in self.positions)
-        seen = None if self.seen is None else self.seen[pick, :known]
+        cos, sin = (x.expand(hidden.shape[0], -1, -1)[pick, :stop] for x in positions)
+        seen = None if seen is None else seen[pick, :known]
+        asked = query_rows.to(hidden.device)
         rows = self.adapter.attention_rows(
-            self.layer, self.hidden[pick, :stop], query_rows, (cos, sin), self.keys[pick, :, :known], seen
+            self.layer, hidden[pick, :stop], asked, (cos, sin), self.keys[pick, :, :known], seen
         )
-        return rows[..., -stop:]
+        return rows[..., -stop:].to(query_rows.device)
+
+    @functools.cached_property
+    def _moved(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        device = weight_device(self.layer, self.hidden.device)
+        cos, sin = (x.to(device) for x in self.positions)
+        return self.hidden.to(device), (cos, sin), None if self.seen is None else self.seen.to(device)
+
+
+def _moved(memory: Any, device: torch.device) -> Any:
+    """What a method left itself, tensors and those in a dataclass on the device of the layer that it comes to."""
+    if isinstance(memory, Tensor):
+        return memory.to(device)
+    if not is_dataclass(memory) or isinstance(memory, type):
+        return memory
+    held = {field.name: getattr(memory, field.name) for field in fields(memory)}
+    return replace(memory, **{name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)})
 
 
 def _weights_of_sample(

@@ -86,7 +86,8 @@ class Candidates:
             features = patches.mean(dim=1) if self._by_tower else patches.flatten(1)
             relevance = None
             if question is not None:
-                relevance = question_similarity(features, self.core.get_input_embeddings()(question).float())
+                words = self.core.get_input_embeddings()(question).to(features.device)
+                relevance = question_similarity(features, words.float())
             found.append(self._frames(own, Described(features, patches), relevance))
         return found
 

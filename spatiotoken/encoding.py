@@ -348,6 +348,9 @@ def reduce_tokens(
     reduced_features = list(features)
     start = 0
     for item, extras, question in items:
+        # The tower may be on another device than the projector, and the question's embeddings on a third.
+        extras = extras.to(keep.device)
+        question = None if question is None else question.to(keep.device)
         local = [segment.rows(keep.device) for segment in item.segments]
         views = [
             _view(features[0][start + rows], segment, rows, of_segment, question)

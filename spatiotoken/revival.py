@@ -68,7 +68,9 @@ def joined(one: LooseRows | None, other: LooseRows | None) -> LooseRows | None:
     """The rows of both."""
     if one is None or other is None:
         return one if other is None else other
-    return LooseRows(*(torch.cat([getattr(x, field.name) for x in (one, other)], dim=1) for field in fields(LooseRows)))
+    device = one.order.device  # the other may come from a layer on another one
+    pairs = ((getattr(one, field.name), getattr(other, field.name).to(device)) for field in fields(LooseRows))
+    return LooseRows(*(torch.cat(pair, dim=1) for pair in pairs))
 
 
 def loose_mask(rows: LooseRows, layer: LogicalLayer) -> Tensor:
@@ -120,7 +122,7 @@ class Revival:
         if cache is None:
             return
         layer: LogicalLayer = cache.layers[index]
-        cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in positions)
+        cos, sin = (x.to(hidden.device).expand(hidden.shape[0], -1, -1) for x in positions)
         here = LooseRows(hidden, cos, sin, rows.index + layer.get_seq_length(), rows.valid)
         layer.aside = joined(layer.aside, here.where(dropped))
 
@@ -134,6 +136,7 @@ class Revival:
         rows, layer = forward.loose, cache.layers[index]
         if rows is None:
             return
+        rows = rows.map(lambda values: values.to(layer.keys.device))
         outputs = []
         for part in rows.parts():  # earlier ones first: later ones see them in the cache
             theirs = {"attention_mask": loose_mask(part, layer), "position_embeddings": (part.cos, part.sin)}
@@ -172,14 +175,16 @@ class Revival:
     ) -> Tensor:
         """``[B, L]`` True at the places of what the method keeps of all that decoder layer ``index - 1`` holds."""
         assert before.keys is not None and before.order is not None
-        hidden, new = scored[0], scored[0].shape[1]
-        past, device = before.keys.shape[2] - new, hidden.device
+        device, new = before.keys.device, scored[0].shape[1]
+        past, hidden = before.keys.shape[2] - new, scored[0].to(device)
+        positions = scored[1][0].to(device), scored[1][1].to(device)
         last = torch.full((hidden.shape[0], 1), new - 1, device=device)
         if padding is not None:
+            padding = padding.to(device)
             last = (padding * torch.arange(new, device=device)).amax(dim=1, keepdim=True)
         seen = joined_valid(before.valid, past, padding, new)
         layer = self.layers[index - 1]
-        weights = self.adapter.attention_rows(layer, hidden, last, scored[1], before.keys, seen)[:, :, 0, :past]
+        weights = self.adapter.attention_rows(layer, hidden, last, positions, before.keys, seen)[:, :, 0, :past]
         droppable, width = droppable.to(device), droppable.shape[1]
         order = before.order.to(device)
         visual = droppable.gather(1, order.clamp(max=width - 1)) & (order < width)

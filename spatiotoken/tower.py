@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class ItemExtras:
             None if self.keys is None else change(self.keys),
             self.frame_features,
         )
+
+    def to(self, device: torch.device) -> ItemExtras:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ItemExtras(**{name: None if value is None else value.to(device) for name, value in held.items()})
 
 
 def joined(parts: Sequence[ItemExtras]) -> ItemExtras:

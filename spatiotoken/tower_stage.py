@@ -270,9 +270,9 @@ class TowerStage:
         if features.shape[:-1].numel() != total:  # pooled
             return original(features)
         rows = every.cumsum(0)[packing.origin[true_indices(left, count)]] - 1
-        projected = original(features.flatten(0, -2)[rows][None])[0]
+        projected = original(features.flatten(0, -2)[rows.to(features.device)][None])[0]
         owners = left.cumsum(0)[packing.owner[true_indices(every, total)]] - 1
-        return projected[owners].unflatten(0, features.shape[:-1])
+        return projected[owners.to(projected.device)].unflatten(0, features.shape[:-1])
 
     # -- what a method does --
 

@@ -368,14 +368,20 @@ class TowerEncoder(FrameEncoder):
 def outer_weights_key(adapter: ModelAdapter, model: PreTrainedModel) -> str:
     """Recognises the weights outside the language model, wherever they were loaded from or however changed."""
     language = {id(parameter) for parameter in adapter.language_model(model).parameters()}
-    names, values = [], []
+    names, samples = [], []
     for name, parameter in adapter.core(model).named_parameters():
         if id(parameter) in language:
             continue
         names.append(f"{name} {parameter.dtype} {tuple(parameter.shape)}")
         flat = parameter.detach().reshape(-1)
-        values.append(flat[:: max(1, flat.shape[0] // _SAMPLES)][:_SAMPLES].float())
-    return key(*names, torch.cat(values).cpu().numpy().tobytes())
+        samples.append(flat[:: max(1, flat.shape[0] // _SAMPLES)][:_SAMPLES].float())
+    # One copy from each device, in the order that does not depend on where the weights are.
+    values: dict[int, Tensor] = {}
+    for device in {sample.device for sample in samples}:
+        here = [number for number, sample in enumerate(samples) if sample.device == device]
+        copied = torch.cat([samples[number] for number in here]).cpu()
+        values |= zip(here, copied.split([len(samples[number]) for number in here]), strict=True)
+    return key(*names, torch.cat([values[number] for number in range(len(samples))]).numpy().tobytes())
 
 
 def _joined(parts: Sequence[Described]) -> Described:

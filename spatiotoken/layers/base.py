@@ -60,7 +60,8 @@ class LayerReducer(Method):
         """What is left.
 
         Args:
-            memory: what the method left itself at the layer before of the same pass; None at its first.
+            memory: what the method left itself at the layer before of the same pass; None at its first. A tensor, or
+                one that is a dataclass's field, is on the device of ``tokens``, also where layers are on several.
         """
 
 
