@@ -292,7 +292,7 @@ def probe(
     with contextlib.redirect_stdout(sys.stderr):
         quiet_libraries()
         loaded, processor = load(model, dtype, device)
-        with bad_input(ValueError), patched(loaded, resolved):
+        with bad_input(ValueError), patched(loaded, resolved, processor=processor):
             pass  # what does not fit the model is the caller's to mend; what goes wrong later is not
         with status("asking"):
             result = measure(loaded, processor, resolved, name=config, limit=limit, num_frames=num_frames)

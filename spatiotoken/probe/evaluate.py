@@ -239,7 +239,7 @@ def ask(
             options = [example.options for example in batch]
             limits = among_options(processor.tokenizer, options, inputs["input_ids"].shape[1])
         for name, config in configs.items():
-            with patched(model, config):
+            with patched(model, config, processor=processor):
                 output = model.generate(**inputs, **limits, do_sample=False)  # type: ignore[operator]
                 report = last_report(model)
             new = output[:, inputs["input_ids"].shape[1] :]
