@@ -21,6 +21,8 @@ from spatiotoken.tower_stage import TowerStage
 
 _WEIGHTS = 1 << 25
 """Attention weights that are held at a time."""
+_WEIGHTS_ON_CPU = 1 << 19
+"""So few that they stay in the cache: twice as fast as with fresh memory for all."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,9 @@ def mean_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """
     views, heads, rows, _ = query.shape
     got = query.new_zeros(views, key.shape[2], dtype=torch.float32)
-    view_step = max(1, _WEIGHTS // (heads * rows * key.shape[2]))
-    row_step = max(1, _WEIGHTS // (heads * key.shape[2]))
+    held = _WEIGHTS_ON_CPU if query.device.type == "cpu" else _WEIGHTS
+    view_step = max(1, held // (heads * rows * key.shape[2]))
+    row_step = max(1, held // (heads * key.shape[2]))
     for first in range(0, views, view_step):
         some = slice(first, first + view_step)
         keys = key[some].float().transpose(-1, -2)

@@ -218,7 +218,7 @@ def test_mean_weights_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(5, 3, 7, 4), torch.randn(5, 3, 7, 4)
     expected = (query @ key.transpose(-1, -2) * 0.5).softmax(-1).mean(dim=(1, 2))
     torch.testing.assert_close(mean_weights(query, key, 0.5), expected)
-    monkeypatch.setattr("spatiotoken.tower._WEIGHTS", 40)
+    monkeypatch.setattr("spatiotoken.tower._WEIGHTS_ON_CPU", 40)
     torch.testing.assert_close(mean_weights(query, key, 0.5), expected)
 
 
