@@ -256,9 +256,10 @@ class BetweenLayers:
         length = pictures.shape[1]
         # Padding rows are sent to a column of their own.
         entry = torch.where(forward.rows.valid, forward.since_entry, length)
+        pictures = pictures.to(entry.device)
         present = pictures.new_zeros(pictures.shape[0], length + 1).scatter_(1, entry, True)[:, :length]
         here = gather_rows(pictures, forward.since_entry, 1) & forward.rows.valid
-        return original(hidden, here, features[present[pictures]])
+        return original(hidden, here, features[present[pictures].to(features.device)])
 
 
 @dataclass

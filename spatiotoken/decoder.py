@@ -159,7 +159,9 @@ class SequenceStages:
         if pictures is not None:
             features = kept[pictures].nonzero()[:, 0]
             arguments["visual_pos_masks"] = gather_rows(pictures & kept, index, 1)
-            arguments["deepstack_visual_embeds"] = [x[features] for x in arguments["deepstack_visual_embeds"]]
+            arguments["deepstack_visual_embeds"] = [
+                x[features.to(x.device)] for x in arguments["deepstack_visual_embeds"]
+            ]
 
     def _compact(self, arguments: dict[str, Any], valid: Tensor, kept: Tensor, cache: Any, past: int) -> Tensor:
         """Number positions anew; ``[B]`` how far each sample's are now behind those of the whole conversation."""

@@ -8,6 +8,7 @@ other; every change goes through one ``Undo`` log.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -183,8 +184,10 @@ class _Patch:
                 if self.adapter.has_deepstack:
                     self._wrap(sequence.language_model, "_deepstack_process", between.deepstack, keep_positional=True)
             if config.attention and self.attention:
+                before = copy.copy(sequence.language_model.config)
+                before._attn_implementation_internal = self.attention
                 for index, layer in enumerate(sequence.layers):
-                    slot = dispatch.SparseAttention(config.attention, self.attention, index, len(sequence.layers))
+                    slot = dispatch.SparseAttention(config.attention, before, index, len(sequence.layers))
                     self.undo.set(layer.self_attn, dispatch.SLOT, slot)
                 name = dispatch.register(self.attention)
                 self.undo.set(sequence.language_model.config, "_attn_implementation_internal", name)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from spatiotoken import VideoCache, last_report, load_config, patched
@@ -17,6 +19,7 @@ from tests.cases import REDUCED, config_of, reduced_cases
 from tests.conftest import QUESTION, Family, lent
 from tests.pretended import DeviceError, Pretended, Pretending, pretending, spread, unwrapped
 
+NEWEST = Version(transformers.__version__) >= Version("5.23")
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 CHOICES = {
     "tokens": config_of(("tokens", "visionzip"), REDUCED["tokens", "visionzip"]),
@@ -27,8 +30,10 @@ CHOICES = {
 
 def batch(family: Family) -> dict[str, Tensor]:
     longer = ("video", "nasa", 8 if family.stacks_videos else 12)
+    # Transformers 5.17 itself brings the deepstack features of images and videos together on two devices.
+    pictures = [("image", "vp9")] if family.name != "qwen3_vl" or NEWEST else []
     return family.inputs(
-        [("image", "vp9"), ("video", "pancake", 8), QUESTION],
+        [*pictures, ("video", "pancake", 8), QUESTION],
         ["Describe", longer, ("video", "nasa", 8), "the scene in detail."],
         ["How many people are there?"],
     )

@@ -26,12 +26,25 @@ SLOT = "_spatiotoken_attention"
 SUPPORTED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
+class _NamesItsOwn:
+    """An attention module whose config names the implementation that it had before: flash attention is looked up by
+    the name there, and not by the function that was called."""
+
+    def __init__(self, module: nn.Module, config: PreTrainedConfig) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 @dataclass(frozen=True)
 class SparseAttention:
-    """What an attention module is patched with: the method, the implementation it had before, and its place."""
+    """What an attention module is patched with: the method, a config with the implementation that it had before, and
+    its place."""
 
     method: SparsePrefill
-    base: str
+    config: PreTrainedConfig
     layer: int
     depth: int
 
@@ -74,8 +87,10 @@ def sparse_attention(
     def own() -> tuple[Tensor, Tensor | None]:
         # Eager attention is no entry of the registry but a function of each model's module.
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(patch.base, eager)
-        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        base = str(patch.config._attn_implementation)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+        caller = _NamesItsOwn(module, patch.config) if "flash" in base else module
+        return function(caller, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     # Rows that see earlier ones in a cache (decoding, further turns, candidates of assisted decoding, all rows with a
     # static cache) are no prefill of the whole, and a caller's own mask may be anything.
