@@ -153,8 +153,8 @@ def _flex_row(
         raise RuntimeError("the flex backend runs compiled only, and torch.compile is switched off")
 
     def mask(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-        # A listed block that was chosen lacks nothing but causality; to look pairs up in a table took a quarter more
-        # time at low density.
+        # A listed block that was chosen lacks nothing but causality; to look pairs up in a table takes up to a sixth
+        # more time.
         causal = key_index <= query_index + position
         if table is None:
             return causal
