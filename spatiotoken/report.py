@@ -52,8 +52,8 @@ class AttentionReport:
 class ForwardReport:
     """The last prefill of a patched model and the decoding since, summed over the batch.
 
-    Where a model is spread over several GPUs, times and memory are those of ``model.device``, its first: that of a stage
-    on another GPU is not seen.
+    Where a model is spread over several GPUs, times and memory are those of ``model.device``, its first: that of a
+    stage on another GPU is not seen.
 
     Attributes:
         prompt_tokens: tokens of the prompts, without padding, before any reduction.
