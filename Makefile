@@ -32,7 +32,8 @@ test-oldest: setup
 		transformers==5.17.0 'huggingface_hub>=1.5,<2' httpx httpcore h11 anyio sniffio idna certifi
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_invariants.py tests/test_oracle.py \
 		tests/test_caches.py tests/test_report.py tests/test_tower.py tests/test_positions.py tests/test_frame_choice.py tests/test_prompts.py \
-		tests/test_image_only.py tests/test_video_cache.py tests/vision/test_exact.py tests/vision/test_tower_stage.py tests/evaluation/test_run.py tests/evaluation/test_sharing.py \
+		tests/test_image_only.py tests/test_video_cache.py tests/test_devices.py tests/test_flash.py tests/test_half.py \
+		tests/vision/test_exact.py tests/vision/test_tower_stage.py tests/evaluation/test_run.py tests/evaluation/test_sharing.py \
 		tests/layers/test_between.py tests/attention/test_dispatch.py tests/attention/test_observe.py \
 		tests/frames/test_encoders.py tests/frames/test_cache.py tests/probe/test_tiny.py tests/probe/test_checkpoints.py \
 		-k "not test_methods_keep_their_accuracy and not test_frozen_answers"
