@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CPU = torch.device("cpu")
-# Their indices and masks may be on the CPU, and they move values between devices.
-MIXING = ("aten.index.", "aten.index_put", "aten._index_put_impl_", "aten.copy_.", "aten._to_copy.")
+MOVING = ("aten.copy_.", "aten._to_copy.")
+INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl_")
 # Before these are dispatched they choose a kernel or make tensors on the device, or they change shapes in place.
 WHOLE = (
     *("scaled_dot_product_attention", "multi_head_attention_forward", "where", "cosine_similarity", "cdist"),
@@ -65,7 +65,7 @@ class Pretended(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = common_device(str(func), tree_flatten((args, kwargs))[0])
+        device = result_device(str(func), args, kwargs)
         asked = kwargs.get("device")
         if asked is not None:
             device, kwargs = torch.device(asked), {**kwargs, "device": CPU}
@@ -88,34 +88,36 @@ def wrapped(tree: Any, device: torch.device) -> Any:
     return tree_map(lambda x: Pretended(x, device) if isinstance(x, Tensor) else x, tree)
 
 
-def common_device(name: str, leaves: list[Any]) -> torch.device:
+def result_device(name: str, args: Any, kwargs: Any) -> torch.device:
     """Where the result of an operation is.
 
     Raises:
         DeviceError: for operands on several devices; a CPU tensor without dimensions goes with any.
     """
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if name.startswith(MIXING):
-        first, *others = tensors
-        if first.device.type == "cpu" and not name.startswith(("aten.copy_", "aten._to_copy")):
-            # Neither takes values on a CPU tensor indices that are on a GPU.
-            _refuse_if(any(other.device != CPU and other.ndim for other in others), name, tensors)
-        _refuse_if(
-            not name.startswith(("aten.copy_", "aten._to_copy"))
-            and any(other.device not in (CPU, first.device) for other in others),
-            name,
-            tensors,
-        )
-        return first.device
-    devices = {tensor.device for tensor in tensors if tensor.ndim or tensor.device.type != "cpu"}
-    _refuse_if(len(devices) > 1, name, tensors)
+    if name.startswith(MOVING):
+        return args[0].device
+    if name.startswith(INDEXING):
+        indexed, indices, *put = args
+        return indexed_device(name, indexed, indices, put[0] if put else None)
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    devices = {tensor.device for tensor in tensors if tensor.ndim or tensor.device != CPU}
+    if len(devices) > 1:
+        raise DeviceError(_told(name, tensors))
     return devices.pop() if devices else CPU
 
 
-def _refuse_if(condition: bool, name: str, tensors: list[Tensor]) -> None:
-    if condition:
-        operands = ", ".join(f"{list(tensor.shape)} on {tensor.device}" for tensor in tensors)
-        raise DeviceError(f"{name} of {operands}")
+def indexed_device(name: str, indexed: Tensor, indices: Any, put: Any = None) -> torch.device:
+    """The same for ``indexed[indices]``, or for putting ``put`` there: indices and masks may be on the CPU too."""
+    picking = [leaf for leaf in tree_flatten(indices)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    putting = [put] if isinstance(put, Tensor) and put.ndim else []
+    strange = [index for index in picking if index.device not in (CPU, indexed.device)]
+    if strange or any(values.device != indexed.device for values in putting):
+        raise DeviceError(_told(name, [indexed, *picking, *putting]))
+    return indexed.device
+
+
+def _told(name: str, tensors: list[Tensor]) -> str:
+    return f"{name} of " + ", ".join(f"{list(tensor.shape)} on {tensor.device}" for tensor in tensors)
 
 
 class Pretending(TorchFunctionMode):
@@ -138,14 +140,12 @@ class Pretending(TorchFunctionMode):
             return args[0].inner.tolist()
         if name in ("__getitem__", "__setitem__") and isinstance(args[0], Pretended):
             # Numbers and lists among the indices and values are sent to the device before an operation is dispatched.
-            device = common_device("aten.index.", tree_flatten(args[:2])[0])
-            if name == "__setitem__" and isinstance(args[2], Tensor) and args[2].ndim:
-                by_index = any(isinstance(leaf, Tensor) for leaf in tree_flatten(args[1])[0])
-                common_device("aten.index_put_" if by_index else "aten.copy_.", [args[0], args[2]])
-                _refuse_if(by_index and args[2].device != device, name, [args[0], args[2]])
+            by_index = any(isinstance(leaf, Tensor) for leaf in tree_flatten(args[1])[0])
+            put = args[2] if name == "__setitem__" and by_index else None  # by slices it is a copy, from anywhere
+            device = indexed_device(name, args[0], args[1], put)
             return wrapped(func(*unwrapped(args)), device)
         if name in WHOLE:
-            device = common_device(name, tree_flatten((args, kwargs))[0])
+            device = result_device(name, args, kwargs)
             return wrapped(func(*unwrapped(args), **unwrapped(kwargs)), device)
         return func(*args, **kwargs)
 

@@ -151,6 +151,8 @@ def test_pretended_devices_refuse_what_a_gpu_refuses() -> None:
             lambda: one.index_select(0, index),
             lambda: one.masked_fill(here > 2, 0.0),
             lambda: one.__setitem__(place, here),
+            lambda: one.index_put_((place,), here),
+            lambda: one.index_copy(0, place, here),
             lambda: torch.where(one > 2, one, here),
         ):
             with pytest.raises(DeviceError, match="on cuda:0|on cpu"):
