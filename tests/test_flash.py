@@ -38,7 +38,7 @@ def prompts(family: Family) -> list[dict[str, Tensor]]:
 def answers(family: Family, config: PatchConfig | None) -> list[Answer]:
     patch: AbstractContextManager[Any] = nullcontext() if config is None else patched(family.model, config)
     with patch:
-        return [(family.generate(inputs, new=3), family.logits(inputs)) for inputs in prompts(family)]
+        return [(family.generate(inputs, new=2), family.logits(inputs)) for inputs in prompts(family)]
 
 
 def assert_same(actual: list[Answer], expected: list[Answer], family: Family) -> None:

@@ -91,21 +91,21 @@ def test_frozen_answers(model_type: str) -> None:
     assert sum(a == b for a, b in zip(now, then, strict=True)) >= ANSWERS - 2
 
 
-# In parts, so that several processes share the work evenly. By default every third method is measured, on one of the
+# In parts, so that several processes share the work evenly. By default every fourth method is measured, on one of the
 # models; sparse prefill, which other tests hold to exact patterns, on none.
 @pytest.mark.parametrize(
     ("model_type", "part"),
     [
         pytest.param(model_type, part, marks=[] if part == number else [pytest.mark.slow])
         for number, model_type in enumerate(PROBE_MODEL_TYPES)
-        for part in range(7)
+        for part in range(9)
     ],
 )
 def test_methods_keep_their_accuracy(model_type: str, part: int) -> None:
     then = recorded()[model_type]["methods"]
     assert then.keys() == set(methods()), "run `make record-probe`"
     sparse = set(METHODS["attention"].items())
-    names = sorted(sparse) if part == 6 else [name for name in methods() if name not in sparse][part::6]
+    names = sorted(sparse) if part == 8 else [name for name in methods() if name not in sparse][part::8]
     now = measure(model_type, names)
     for name, figures in now.items():
         for field, value in figures.items():

@@ -129,6 +129,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", PROBE_MODEL_TYPES)
 def test_interrupted_training_goes_on(
     model_type: str, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
