@@ -365,16 +365,6 @@ class ModelAdapter(ABC):
         return row_weights(query, keys, visible, attention.scaling)
 
 
-def weight_device(module: nn.Module, otherwise: torch.device) -> torch.device:
-    """Where a module computes, for models may be spread over devices.
-
-    Args:
-        otherwise: for a module whose weights are fetched when it runs.
-    """
-    device = next((weight.device for weight in module.parameters()), otherwise)
-    return otherwise if device.type == "meta" else device
-
-
 ADAPTERS: Registry[type[ModelAdapter]] = Registry("model type", ("spatiotoken.patches",), "spatiotoken.models")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spatiotoken.config import PatchConfig
-from spatiotoken.patches.adapter import ModelAdapter, weight_device
+from spatiotoken.patches.adapter import ModelAdapter
 from spatiotoken.revival import Revival
 from spatiotoken.sequence import Rows, gather_rows, joined_valid, layer_mask
 from spatiotoken.state import ACTIVE, Forward
@@ -155,7 +155,7 @@ class BetweenLayers:
                     weights=functools.partial(_weights_of_sample, before, here, sample, own),
                     observed={layer: noted[:, sample, places] for layer, noted in observed.items()},
                 ),
-                _moved(forward.memory.get(sample), hidden.device),
+                _carried(forward.memory.get(sample), hidden.device),
             )
             forward.memory[sample] = left.memory
             counts[sample] = left.kept.shape[0]
@@ -309,12 +309,22 @@ class _Weights:
 
     @functools.cached_property
     def _moved(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        device = weight_device(self.layer, self.hidden.device)
+        device = _weight_device(self.layer, self.hidden.device)
         cos, sin = (x.to(device) for x in self.positions)
         return self.hidden.to(device), (cos, sin), None if self.seen is None else self.seen.to(device)
 
 
-def _moved(memory: Any, device: torch.device) -> Any:
+def _weight_device(module: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where a module computes, for models may be spread over devices.
+
+    Args:
+        otherwise: for a module whose weights are fetched when it runs.
+    """
+    device = next((weight.device for weight in module.parameters()), otherwise)
+    return otherwise if device.type == "meta" else device
+
+
+def _carried(memory: Any, device: torch.device) -> Any:
     """What a method left itself, tensors and those in a dataclass on the device of the layer that it comes to."""
     if isinstance(memory, Tensor):
         return memory.to(device)

@@ -66,11 +66,12 @@ def flash_attn_varlen_func(
 def flash_attention(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The model's attention, in its tower too, is flash attention meanwhile."""
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
-    package.flash_attn_with_kvcache = None  # type: ignore[attr-defined]
-    padding.pad_input = modeling_flash_attention_utils._pad_input  # type: ignore[attr-defined]
-    padding.unpad_input = modeling_flash_attention_utils._unpad_input  # type: ignore[attr-defined]
+    vars(package).update(
+        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=None
+    )
+    vars(padding).update(
+        pad_input=modeling_flash_attention_utils._pad_input, unpad_input=modeling_flash_attention_utils._unpad_input
+    )
     before = model.config._attn_implementation
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", package)

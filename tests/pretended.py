@@ -37,7 +37,7 @@ class Pretended(Tensor):
     """A tensor on a pretended device; ``inner`` has its values, on the CPU."""
 
     inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
