@@ -137,25 +137,26 @@ def _kernel(name: str) -> Callable[..., Tensor]:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid | None) -> Tensor:
-    """Each row by itself without its padding, so there is no mask where queries and keys are equally many."""
-    groups, offset = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    """All causal pairs; padded rows one by one, so there is no mask where queries and keys are equally many."""
+    if valid is None:
+        return _causal(query, key, value, scale)
     output = list(torch.zeros_like(query))
     for row, queries, keys in row_slices(query, key, valid):
-        mask = None
-        if (earlier := queries.start + offset - keys.start) > 0:
-            position = torch.arange(keys.stop - keys.start, device=query.device)
-            mask = position <= position[earlier:, None]
-        # Repeated rather than left to torch's `enable_gqa`, which takes Q x K memory for float32 on GPUs.
-        attended = scaled_dot_product_attention(
-            query[row, None, :, queries],
-            key[row, None, :, keys].repeat_interleave(groups, dim=1),
-            value[row, None, :, keys].repeat_interleave(groups, dim=1),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-        )
+        one = slice(row, row + 1)
+        attended = _causal(query[one, :, queries], key[one, :, keys], value[one, :, keys], scale)
         output[row] = torch.nn.functional.pad(attended[0], (0, 0, queries.start, query.shape[2] - queries.stop))
     return torch.stack(output)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    mask = None
+    if (earlier := key.shape[2] - query.shape[2]) > 0:
+        position = torch.arange(key.shape[2], device=query.device)
+        mask = position <= position[earlier:, None]
+    # Repeated rather than left to torch's `enable_gqa`, which takes Q x K memory for float32 on GPUs.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern, valid: Valid | None) -> None:

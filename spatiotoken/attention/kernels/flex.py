@@ -57,7 +57,7 @@ def flex_attention(
     """
     output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
     for row, queries, keys in row_slices(query, key, valid):
-        output[row, :, queries] = _attend_row(
+        attended = _attend_row(
             query[row : row + 1, :, queries],
             key[row : row + 1, :, keys],
             value[row : row + 1, :, keys],
@@ -65,7 +65,10 @@ def flex_attention(
             None if pattern.columns is None else pattern.columns[row],
             (pattern.block_q, pattern.block_k),
             scale,
-        )[0]
+        )
+        if attended.shape == query.shape:
+            return attended  # all there is: copies of large tensors take a tenth of the time of sparse attention
+        output[row, :, queries] = attended[0]
     return output
 
 
@@ -102,7 +105,8 @@ def _attend_row(
     seen = seen_keys(blocks[:, first : -(-num_keys // block_q)], columns, block_k, num_keys)
     share = heads // len(blocks)
     lists = [_listed(x.repeat_interleave(share, dim=0)) for x in split_blocks(seen, first, block_q, block_k)]
-    query = pad(query, (0, 0, added, 0)).contiguous()
+    # `pad` copies even where nothing is added.
+    query = (pad(query, (0, 0, added, 0)) if added else query).contiguous()
     key, value = key.contiguous(), value.contiguous()
     table = None
     if columns is not None:

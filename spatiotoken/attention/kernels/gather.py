@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spatiotoken.attention.kernels.forward_only import forward_only
+from spatiotoken.attention.kernels.memory import unwritten_like
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 
 # Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
@@ -20,21 +21,21 @@ def gather_attention(
     """``[B, heads, Q, d]`` in the query's dtype: `SparsePattern`'s attention, one block of queries at a time.
 
     Gathers the keys that a block of queries needs and multiplies them in float32, for all heads that share a pattern at
-    once; beside the output it holds the keys, values and logits of one block. Padding comes out as zeros. On a GPU the
-    host waits for the device at each block.
+    once; beside the output it holds a copy of the keys and values, and what one block needs of them and of logits.
+    Padding comes out as zeros. On a GPU the host waits for the device at each block.
     """
     # Written once where there is no padding: on large outputs even the zeros take a few percent of the time.
-    output = torch.empty_like(query) if valid is None else torch.zeros_like(query)
+    output = unwritten_like(query) if valid is None else torch.zeros_like(query)
     for row, queries, keys in row_slices(query, key, valid):
         _attend_row(
             query[row, :, queries],
-            # Models hand over transposed views, from which gathering takes twice as long.
-            key[row, :, keys].float().contiguous(),
+            # The scale goes where there is less to multiply. Models hand over transposed views, from which gathering
+            # takes twice as long.
+            (key[row, :, keys].float() * scale).contiguous(),
             value[row, :, keys].float().contiguous(),
             pattern.blocks[row],
             None if pattern.columns is None else pattern.columns[row],
             (pattern.block_q, pattern.block_k),
-            scale,
             output[row, :, queries],
         )
     return output
@@ -47,7 +48,6 @@ def _attend_row(
     blocks: Tensor,
     columns: Tensor | None,
     sizes: tuple[int, int],
-    scale: float,
     output: Tensor,
 ) -> None:
     """One row without padding, ``[heads, Q, d]`` and ``[kv_heads, K, d]``, into ``output``."""
@@ -55,12 +55,14 @@ def _attend_row(
     (block_q, block_k), groups = sizes, blocks.shape[0]
     # A group has `members` key heads with `sharing` query heads on each, which are stacked as if they were queries.
     members, sharing = max(1, kv_heads // groups), heads // max(kv_heads, groups)
-    query, output = (x.unflatten(0, (groups, members, sharing)) for x in (query, output))
+    query, output = (x.unflatten(0, (groups * members, sharing)) for x in (query, output))
     group_keys, group_values = (x.unflatten(0, (-1, members)).unbind() for x in (key, value))
     most = int(blocks.sum(dim=-1).max()) * block_k + block_q + (0 if columns is None else columns.shape[-1])
     near_key, near_value = (x.new_empty(members, min(most, num_keys), dim) for x in (key, value))
     tile = min(block_q, TILE)
-    logits = key.new_empty(members * sharing * tile * near_key.shape[1])
+    logits = key.new_empty(sharing * tile * near_key.shape[1])
+    # What single heads attend to is computed right where it belongs; a stack lies together and is taken apart.
+    direct = sharing == 1 and output.dtype == key.dtype
     # Keys are gathered latest first, so the first w keys of a tile are its w queries' own, and all others are earlier.
     step = torch.arange(tile, device=key.device)
     future = step < tile - 1 - step[:, None]
@@ -74,23 +76,29 @@ def _attend_row(
         gathered[:, low:] = True
         counts = gathered.sum(dim=1).tolist()
         indices = (high - 1 - gathered.flip(1).nonzero()[:, 1]).split(counts)
-        tiles = [slice(first - offset, min(first + tile, high) - offset) for first in range(low, high, tile)]
-        queries = [(query[:, :, :, rows].float() * scale).flatten(2, 3) for rows in tiles]
-        attended = [torch.empty_like(stacked) for stacked in queries]
+        tiles = []
+        for first in range(low, high, tile):
+            last = min(first + tile, high)
+            rows = slice(first - offset, last - offset)
+            queries = query[:, :, rows].float().flatten(1, 2)
+            attended = output[:, :, rows].flatten(1, 2) if direct else torch.empty_like(queries)
+            # With a batch of one: torch multiplies small matrices quicker as a batch.
+            tiles.append((rows, queries[:, None], attended[:, None], high - last))
         for group, (index, count) in enumerate(zip(indices, counts, strict=True)):
             kv = group * len(group_keys) // groups
-            block_key, block_value = near_key[:, :count], near_value[:, :count]
-            torch.index_select(group_keys[kv], 1, index, out=block_key)
-            torch.index_select(group_values[kv], 1, index, out=block_value)
-            for number, rows in enumerate(tiles):
-                width, later = rows.stop - rows.start, high - offset - rows.stop
-                size = members * sharing * width * (count - later)
-                weights = logits[:size].view(members, sharing, width, count - later)
-                stacked = weights.flatten(1, 2)
-                torch.bmm(queries[number][group], block_key[:, later:].transpose(1, 2), out=stacked)
-                weights[..., :width].masked_fill_(future[-width:, :width], -torch.inf)
-                if not whole:
-                    weights.masked_fill_(~seen[group, index[later:]], -torch.inf)
-                torch.bmm(stacked.softmax(dim=-1), block_value[:, later:], out=attended[number][group])
-        for rows, computed in zip(tiles, attended, strict=True):
-            output[:, :, :, rows] = computed.unflatten(2, (sharing, -1))
+            keys, values = near_key[:, :count], near_value[:, :count]
+            torch.index_select(group_keys[kv], 1, index, out=keys)
+            torch.index_select(group_values[kv], 1, index, out=values)
+            for member in range(members):
+                turned, weighed = keys[member, None].transpose(1, 2), values[member, None]
+                for rows, queries, attended, later in tiles:
+                    width, size = rows.stop - rows.start, count - later
+                    weights = logits[: sharing * width * size].view(1, -1, size)
+                    torch.bmm(queries[group * members + member], turned[..., later:], out=weights)
+                    weights.view(sharing, width, size)[..., :width].masked_fill_(future[-width:, :width], -torch.inf)
+                    if not whole:
+                        weights.masked_fill_(~seen[group, index[later:]], -torch.inf)
+                    torch.bmm(weights.softmax(dim=-1), weighed[:, later:], out=attended[group * members + member])
+        if not direct:
+            for rows, _, attended, _ in tiles:
+                output[:, :, rows] = attended.view(groups * members, sharing, -1, dim)
