@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from spatiotoken import patch_model, patched
 from spatiotoken.config import PatchConfig
 from spatiotoken.encoding import FeatureStages
 from spatiotoken.patches.adapter import find_adapter
+from spatiotoken.patches.qwen_vl import rotated
 from spatiotoken.registry import METHODS
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens import SaliencyReducer
@@ -220,6 +225,16 @@ def test_mean_weights_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(mean_weights(query, key, 0.5), expected)
     monkeypatch.setattr("spatiotoken.tower._WEIGHTS_ON_CPU", 40)
     torch.testing.assert_close(mean_weights(query, key, 0.5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("module", [modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl])
+def test_rotated_as_the_tower_rotates(module: ModuleType, dtype: torch.dtype) -> None:
+    pair, angles = torch.randn(9, 2, 3, 8).to(dtype), torch.randn(9, 4).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected = module.apply_rotary_pos_emb_vision(*pair.unbind(dim=1), cos, sin)
+    # One rounding of the sum apart, which in half precision may show in the last digit.
+    torch.testing.assert_close(rotated(pair, cos, sin), torch.stack(expected, dim=1))
 
 
 def test_layers_that_the_tower_lacks(family: Family) -> None:
