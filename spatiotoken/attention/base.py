@@ -78,7 +78,7 @@ class Attended:
     """What became of one prompt at one layer.
 
     Attributes:
-        output: ``[heads, L, d]``; None where the model's own attention is to run.
+        output: ``[heads, L, d]``, often laid out token by token; None where the model's own attention is to run.
         density: computed (query, key) pairs by causal ones, the mean over heads.
         backend: which kernel ran, "dense" for the model's own attention.
     """
@@ -129,14 +129,16 @@ class SparsePrefill(Method):
         shared = all(part.pattern.blocks.shape[1] * inputs.groups <= heads for part in parts)
         if self.backend == "auto" and predicted_time(backend, density, shared) > WORTH_IT:
             return _DENSE
-        output = torch.zeros_like(inputs.query)
+        output: Tensor | None = None
         for part in parts:
             attended = block_sparse_attention(
                 part.query[None], part.key[None], part.value[None], part.pattern, scale=inputs.scale, backend=backend
-            )[0, ..., : output.shape[-1]]
+            )[0, ..., : inputs.query.shape[-1]]
             if part.rows is None:
-                output = attended
-            elif part.rows.ndim == 1:
+                return Attended(attended, density, backend)
+            if output is None:  # token by token in memory, as models go on with it
+                output = inputs.query.new_zeros(length, heads, inputs.query.shape[-1]).transpose(0, 1)
+            if part.rows.ndim == 1:
                 output.index_copy_(1, part.rows, attended)
             else:
                 output.scatter_(1, part.rows[..., None].expand_as(attended), attended)

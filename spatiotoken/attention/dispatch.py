@@ -124,8 +124,11 @@ def sparse_attention(
             forward.recorder.attended(patch.layer, real.stop - real.start, one.density, one.backend)
         if all(one.output is None for one in attended):
             return own()
-        # Zeros at padding. What is dense of a mixed batch is taken from dense attention over the whole batch.
         batch, heads, length, dim = query.shape
+        first = attended[0].output
+        if batch == 1 and first is not None and first.shape[1] == length:
+            return first.transpose(0, 1)[None], None
+        # Zeros at padding. What is dense of a mixed batch is taken from dense attention over the whole batch.
         mixed = any(one.output is None for one in attended)
         output = own()[0].clone() if mixed else query.new_zeros(batch, length, heads, dim)
         for (row, real), one in zip(rows, attended, strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spatiotoken.attention.kernels.forward_only import forward_only
-from spatiotoken.attention.kernels.memory import unwritten_like
+from spatiotoken.attention.kernels.memory import unwritten
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 
 # Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
@@ -24,8 +24,12 @@ def gather_attention(
     once; beside the output it holds a copy of the keys and values, and what one block needs of them and of logits.
     Padding comes out as zeros. On a GPU the host waits for the device at each block.
     """
-    # Written once where there is no padding: on large outputs even the zeros take a few percent of the time.
-    output = unwritten_like(query) if valid is None else torch.zeros_like(query)
+    # Laid out as models go on with it, token by token, and written once: on large outputs even zeros take a few percent
+    # of the time.
+    batch, heads, length, dim = query.shape
+    output = unwritten((batch, length, heads, dim), query.dtype, query.device).transpose(1, 2)
+    if valid is not None:
+        output.zero_()
     for row, queries, keys in row_slices(query, key, valid):
         _attend_row(
             query[row, :, queries],
@@ -61,8 +65,6 @@ def _attend_row(
     near_key, near_value = (x.new_empty(members, min(most, num_keys), dim) for x in (key, value))
     tile = min(block_q, TILE)
     logits = key.new_empty(sharing * tile * near_key.shape[1])
-    # What single heads attend to is computed right where it belongs; a stack lies together and is taken apart.
-    direct = sharing == 1 and output.dtype == key.dtype
     # Keys are gathered latest first, so the first w keys of a tile are its w queries' own, and all others are earlier.
     step = torch.arange(tile, device=key.device)
     future = step < tile - 1 - step[:, None]
@@ -81,9 +83,8 @@ def _attend_row(
             last = min(first + tile, high)
             rows = slice(first - offset, last - offset)
             queries = query[:, :, rows].float().flatten(1, 2)
-            attended = output[:, :, rows].flatten(1, 2) if direct else torch.empty_like(queries)
             # With a batch of one: torch multiplies small matrices quicker as a batch.
-            tiles.append((rows, queries[:, None], attended[:, None], high - last))
+            tiles.append((rows, queries[:, None], queries.new_empty(queries.shape)[:, None], high - last))
         for group, (index, count) in enumerate(zip(indices, counts, strict=True)):
             kv = group * len(group_keys) // groups
             keys, values = near_key[:, :count], near_value[:, :count]
@@ -99,6 +100,5 @@ def _attend_row(
                     if not whole:
                         weights.masked_fill_(~seen[group, index[later:]], -torch.inf)
                     torch.bmm(weights.softmax(dim=-1), weighed[:, later:], out=attended[group * members + member])
-        if not direct:
-            for rows, _, attended, _ in tiles:
-                output[:, :, rows] = attended.view(groups * members, sharing, -1, dim)
+        for rows, _, attended, _ in tiles:
+            output[:, :, rows] = attended.view(groups * members, sharing, -1, dim)
