@@ -214,7 +214,9 @@ def mean_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
         some = slice(first, first + view_step)
         keys = key[some].float().transpose(-1, -2)
         for queries in (query[some].float() * scale).split(row_step, dim=2):
-            got[some] += (queries @ keys).softmax(dim=-1).sum(dim=(1, 2))
+            with torch.autocast(query.device.type, enabled=False):
+                weights = (queries @ keys).softmax(dim=-1)
+            got[some] += weights.sum(dim=(1, 2))
     return got / (heads * rows)
 
 

@@ -1,7 +1,9 @@
-"""Models in bfloat16, as they are released, and in float16."""
+"""Models in bfloat16, as they are released, in float16, and in float32 under autocast."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,32 +15,46 @@ from spatiotoken.probe import TINY_MODEL_TYPES
 from tests.cases import keep_all_cases, reduced_cases
 from tests.conftest import QUESTION, Family
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = (*DTYPES, "autocast")
+
+Models = Callable[[str, str], tuple[Family, AbstractContextManager[Any]]]
+"""A family, and what its model is called in, by the family's name and the precision."""
+
 
 @pytest.fixture(scope="module")
-def halves(families: dict[str, Family]) -> dict[torch.dtype, dict[str, Family]]:
-    """Models of their own, since rounding cannot be undone."""
-    made: dict[torch.dtype, dict[str, Family]] = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        made[dtype] = {name: families[name].fresh() for name in TINY_MODEL_TYPES}
-        for family in made[dtype].values():
-            family.model.to(dtype)
-    return made
+def models(families: dict[str, Family]) -> Models:
+    """Those of a dtype are models of their own, since rounding cannot be undone."""
+    made: dict[tuple[str, str], Family] = {}
+    for precision, dtype in DTYPES.items():
+        for name in TINY_MODEL_TYPES:
+            made[name, precision] = families[name].fresh()
+            made[name, precision].model.to(dtype)
+
+    def find(name: str, precision: str) -> tuple[Family, AbstractContextManager[Any]]:
+        if precision == "autocast":
+            return families[name], torch.autocast("cpu", torch.bfloat16)
+        return made[name, precision], nullcontext()
+
+    return find
 
 
 def in_turn(cases: list[Any]) -> list[Any]:
-    """Each on one family and in one of both dtypes; on the others when slow tests run."""
-    families, dtypes = len(TINY_MODEL_TYPES), (torch.bfloat16, torch.float16)
+    """Each on one family and in one precision; on and in the others when slow tests run."""
+    families = len(TINY_MODEL_TYPES)
     return [
         pytest.param(
             name,
-            dtype,
+            precision,
             *case.values,
-            id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}",
-            marks=[] if place == number % families and half == number // families % 2 else [pytest.mark.slow],
+            id=f"{name}-{precision}-{case.id}",
+            marks=[]
+            if (place, turn) == (number % families, number // families % len(PRECISIONS))
+            else [pytest.mark.slow],
         )
         for number, case in enumerate(cases)
         for place, name in enumerate(TINY_MODEL_TYPES)
-        for half, dtype in enumerate(dtypes)
+        for turn, precision in enumerate(PRECISIONS)
     ]
 
 
@@ -47,34 +63,30 @@ def asked(family: Family) -> dict[str, torch.Tensor]:
     return {name: x.to(family.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize(("name", "dtype", "config"), in_turn(keep_all_cases()))
-def test_keep_all_is_identical(
-    name: str, dtype: torch.dtype, config: PatchConfig, halves: dict[torch.dtype, dict[str, Family]]
-) -> None:
-    family = halves[dtype][name]
+@pytest.mark.parametrize(("name", "precision", "config"), in_turn(keep_all_cases()))
+def test_keep_all_is_identical(name: str, precision: str, config: PatchConfig, models: Models) -> None:
+    family, context = models(name, precision)
     inputs = asked(family)
-    expected = family.generate(inputs, new=2)
-    with patched(family.model, config):
-        actual = family.generate(inputs, new=2)
+    with context:
+        expected = family.generate(inputs, new=2)
+        with patched(family.model, config):
+            actual = family.generate(inputs, new=2)
     assert torch.equal(torch.stack(actual.scores), torch.stack(expected.scores))
 
 
-@pytest.mark.parametrize(("name", "dtype", "config"), in_turn(reduced_cases()))
+@pytest.mark.parametrize(("name", "precision", "config"), in_turn(reduced_cases()))
 def test_close_to_float32(
-    name: str,
-    dtype: torch.dtype,
-    config: PatchConfig,
-    halves: dict[torch.dtype, dict[str, Family]],
-    families: dict[str, Family],
+    name: str, precision: str, config: PatchConfig, models: Models, families: dict[str, Family]
 ) -> None:
     """Which tokens are kept may differ where some are nearly as good, and about how many where a threshold decides."""
     kept = []
-    for family in (halves[dtype][name], families[name]):
+    for family, context in (models(name, precision), (families[name], nullcontext())):
         inputs = asked(family)
-        with patched(family.model, config):
+        with context, patched(family.model, config):
             answer = family.generate(inputs, new=2)
             kept.append(last_report(family.model).visual_kept)
             logits = family.logits(inputs)
-        assert logits.dtype == family.model.dtype and bool(logits.isfinite().all())
+        assert bool(logits.isfinite().all())
+        assert precision == "autocast" or logits.dtype == family.model.dtype
         assert all(bool(score.isfinite().all()) for score in answer.scores)
     assert 0 < kept[0] and abs(kept[0] - kept[1]) <= 0.2 * kept[1]

@@ -20,8 +20,6 @@ from spatiotoken.patches.adapter import find_adapter
 from spatiotoken.structures import ReducedTokens, VideoFeatures
 from spatiotoken.tokens import SaliencyReducer
 from spatiotoken.vision.base import TowerMerge, TowerReducer, TowerShape, TowerTokens
-from tests.cases import REDUCED
-from tests.cases import config_of as case_of
 from tests.conftest import QUESTION, Family
 
 
@@ -398,15 +396,6 @@ def test_training(family: Family, method: str) -> None:
         enable()
         with pytest.raises(ValueError, match="gradient checkpointing"):
             family.model(**inputs)
-
-
-@pytest.mark.parametrize(("stage", "method"), [key for key in REDUCED if key[0] == "vision"])
-def test_autocast(family: Family, stage: str, method: str) -> None:
-    """Methods that want float32 get it: nothing is refused, and what comes of it is finite."""
-    inputs = family.inputs([("video", "pancake", 4), QUESTION])
-    with patched(family.model, case_of((stage, method), REDUCED[stage, method])):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.isfinite(family.logits(inputs)).all()
 
 
 def test_offloaded_weights(family: Family) -> None:
