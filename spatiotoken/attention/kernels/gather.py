@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from spatiotoken.attention.kernels.forward_only import forward_only
-from spatiotoken.attention.kernels.memory import unwritten
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 
 # Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
@@ -27,9 +26,8 @@ def gather_attention(
     # Laid out as models go on with it, token by token, and written once: on large outputs even zeros take a few percent
     # of the time.
     batch, heads, length, dim = query.shape
-    output = unwritten((batch, length, heads, dim), query.dtype, query.device).transpose(1, 2)
-    if valid is not None:
-        output.zero_()
+    make = query.new_empty if valid is None else query.new_zeros
+    output = make(batch, length, heads, dim).transpose(1, 2)
     for row, queries, keys in row_slices(query, key, valid):
         _attend_row(
             query[row, :, queries],
