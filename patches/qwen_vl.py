@@ -156,14 +156,10 @@ class QwenVL(ModelAdapter):
     def tower_projections(
         self, attention: Any, hidden: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        return *self._heads(attention, attention.qkv(hidden), arguments), attention.scaling
-
-    def _heads(self, attention: Any, projected: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """``[rows, heads, d]`` rotated queries and keys, and values."""
-        query, key, value = projected.view(projected.shape[0], 3, attention.num_heads, -1).unbind(1)
+        query, key, value = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         query, key = rotate(query, key, *arguments["position_embeddings"])
-        return query, key, value
+        return query, key, value, attention.scaling
 
     def tower_output(self, attention: Any, mixed: Tensor) -> Any:
         return attention.proj(mixed.flatten(1))
