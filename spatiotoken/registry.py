@@ -97,8 +97,11 @@ class Method(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"{info.field_name}: {value} is not a number")
+        if cls.model_fields[str(info.field_name)].annotation is bool:
+            return value
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, bool):
+                raise ValueError(f"{info.field_name}: {one} is not a number")
         return value
 
     # Not `name=`: on Python 3.10 that is the metaclass's own argument.

@@ -50,6 +50,7 @@ BAD: list[tuple[Any, dict[str, Any], list[str]]] = [
     ({"tokenz": {"method": "evs"}}, {}, ["'tokenz'", "tokens"]),
     ({"tokens": {"method": "fastv"}}, {}, ["'fastv'", "'tokens'", "evs"]),
     ({"tokens": {"method": "evs", "retention": True}}, {}, ["retention", "True is not a number"]),
+    ({"layers": {"method": "pyramiddrop", "layers": [False]}}, {}, ["layers", "False is not a number"]),
     ({"tokens": "evs"}, {"tokens.retention": 0.5}, ["tokens.retention", "'evs'", "'method'"]),
     (None, {}, ["a preset's name", "None"]),
     ({"images": "perhaps"}, {}, ["images", "perhaps"]),
