@@ -39,8 +39,8 @@ def models(families: dict[str, Family]) -> Models:
     return find
 
 
-def in_turn(cases: list[Any]) -> list[Any]:
-    """Each on one family and in one precision; on and in the others when slow tests run."""
+def in_turn(cases: list[Any], every: int = 1) -> list[Any]:
+    """Each, or one in ``every``, on one family and in one precision; the others when slow tests run."""
     families = len(TINY_MODEL_TYPES)
     return [
         pytest.param(
@@ -49,7 +49,7 @@ def in_turn(cases: list[Any]) -> list[Any]:
             *case.values,
             id=f"{name}-{precision}-{case.id}",
             marks=[]
-            if (place, turn) == (number % families, number // families % len(PRECISIONS))
+            if number % every == 0 and (place, turn) == (number % families, number // families % len(PRECISIONS))
             else [pytest.mark.slow],
         )
         for number, case in enumerate(cases)
@@ -63,7 +63,7 @@ def asked(family: Family) -> dict[str, torch.Tensor]:
     return {name: x.to(family.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize(("name", "precision", "config"), in_turn(keep_all_cases()))
+@pytest.mark.parametrize(("name", "precision", "config"), in_turn(keep_all_cases(), every=3))
 def test_keep_all_is_identical(name: str, precision: str, config: PatchConfig, models: Models) -> None:
     family, context = models(name, precision)
     inputs = asked(family)
