@@ -356,9 +356,9 @@ def reduce_tokens(
             _view(features[0][start + rows], segment, rows, of_segment, question)
             for segment, rows, of_segment in zip(item.segments, local, _by_segment(item, extras), strict=True)
         ]
-        # Views of one picture show the same in several sizes; parts of a video are different frames.
         # It ranks and groups tokens, in float32 where it says so, also under a caller's autocast.
         with torch.autocast(keep.device.type, enabled=False):
+            # Views of one picture show the same in several sizes; parts of a video are different frames.
             found = method.reduce_views(views) if joint else [method.reduce(view) for view in views]
         for view, rows, reduced in zip(views, local, found, strict=True):
             rows, count = start + rows, reduced.source.shape[0]

@@ -210,13 +210,12 @@ def mean_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     held = _WEIGHTS_ON_CPU if query.device.type == "cpu" else _WEIGHTS
     view_step = max(1, held // (heads * rows * key.shape[2]))
     row_step = max(1, held // (heads * key.shape[2]))
-    for first in range(0, views, view_step):
-        some = slice(first, first + view_step)
-        keys = key[some].float().transpose(-1, -2)
-        for queries in (query[some].float() * scale).split(row_step, dim=2):
-            with torch.autocast(query.device.type, enabled=False):
-                weights = (queries @ keys).softmax(dim=-1)
-            got[some] += weights.sum(dim=(1, 2))
+    with torch.autocast(query.device.type, enabled=False):  # a caller's would make the products bfloat16
+        for first in range(0, views, view_step):
+            some = slice(first, first + view_step)
+            keys = key[some].float().transpose(-1, -2)
+            for queries in (query[some].float() * scale).split(row_step, dim=2):
+                got[some] += (queries @ keys).softmax(dim=-1).sum(dim=(1, 2))
     return got / (heads * rows)
 
 
