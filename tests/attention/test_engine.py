@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -23,9 +26,18 @@ from spatiotoken.attention.kernels import (
     unavailable,
 )
 from spatiotoken.attention.kernels.pattern import pair_counts, visible_pairs
+from spatiotoken.attention.kernels.threads import in_threads
 from tests.attention import TOLERANCE, Inputs, inputs, make_inputs
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """Sets torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def expected(case: Inputs) -> Tensor:
@@ -119,6 +131,40 @@ def test_gather_at_the_sizes_of_models(groups: str, dtype: torch.dtype, dim: int
     result = computed(case, "gather")
     assert result.dtype == dtype
     assert (result - expected(case)).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_gather_computes_the_same_in_any_number_of_threads(torch_threads: None, inference: bool) -> None:
+    case = make_inputs(300, 290, batch=2, groups="heads", block_q=32, block_k=16, bounds=[(0, 300), (37, 300)])
+    case.query.requires_grad_()
+    results = []
+    with torch.inference_mode(inference):
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(computed(case, "gather"))
+            assert torch.get_num_threads() == threads
+    assert (results[0] - expected(case)).abs().max() < 1e-5
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+
+
+def test_threads_run_at_once_and_hand_on_errors(torch_threads: None) -> None:
+    torch.set_num_threads(3)
+    begun, found = threading.Barrier(2), []
+
+    def work() -> None:
+        begun.wait(timeout=30)  # breaks unless both run at once
+        found.append(torch.get_num_threads())
+
+    in_threads(work, 2)
+    assert found == [1, 1]
+
+    def fail() -> None:
+        raise ValueError("no such block")
+
+    with pytest.raises(ValueError, match="no such block"):
+        in_threads(fail, 2)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
 
 
 def test_gather_does_not_need_whole_diagonal_blocks() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from spatiotoken.attention.kernels.forward_only import forward_only
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
+from spatiotoken.attention.kernels.threads import in_threads
 
 # Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
 # better at low density, but calls and flat matrices cost too. 64 measured best on a CPU at head size 128.
@@ -21,7 +25,8 @@ def gather_attention(
 
     Gathers the keys that a block of queries needs and multiplies them in float32, for all heads that share a pattern at
     once; beside the output it holds a copy of the keys and values, and what one block needs of them and of logits.
-    Padding comes out as zeros. On a GPU the host waits for the device at each block.
+    Padding comes out as zeros. On a CPU, torch's number of threads work on as many blocks, whose products are too small
+    to be shared out. On a GPU the host waits for the device at each block.
     """
     # Laid out as models go on with it, token by token, and written once: on large outputs even zeros take a few percent
     # of the time.
@@ -29,7 +34,11 @@ def gather_attention(
     make = query.new_empty if valid is None else query.new_zeros
     output = make(batch, length, heads, dim).transpose(1, 2)
     for row, queries, keys in row_slices(query, key, valid):
-        _attend_row(
+        count = keys.stop - keys.start
+        first, stop = (count - (queries.stop - queries.start)) // pattern.block_q, -(-count // pattern.block_q)
+        attend = partial(
+            _attend_blocks,
+            iter(range(first, stop)[::-1]),  # the last have most to do
             query[row, :, queries],
             # The scale goes where there is less to multiply. Models hand over transposed views, from which gathering
             # takes twice as long.
@@ -40,10 +49,12 @@ def gather_attention(
             (pattern.block_q, pattern.block_k),
             output[row, :, queries],
         )
+        in_threads(attend, min(torch.get_num_threads(), stop - first) if query.device.type == "cpu" else 1)
     return output
 
 
-def _attend_row(
+def _attend_blocks(
+    pending: Iterator[int],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,7 +63,11 @@ def _attend_row(
     sizes: tuple[int, int],
     output: Tensor,
 ) -> None:
-    """One row without padding, ``[heads, Q, d]`` and ``[kv_heads, K, d]``, into ``output``."""
+    """Query blocks of one row without padding, ``[heads, Q, d]`` and ``[kv_heads, K, d]``, into ``output``.
+
+    Args:
+        pending: numbers of the blocks; threads that work on one row share it, and each takes the next.
+    """
     (heads, num_queries, dim), (kv_heads, num_keys, _) = query.shape, key.shape
     (block_q, block_k), groups = sizes, blocks.shape[0]
     # A group has `members` key heads with `sharing` query heads on each, which are stacked as if they were queries.
@@ -67,7 +82,7 @@ def _attend_row(
     step = torch.arange(tile, device=key.device)
     future = step < tile - 1 - step[:, None]
     offset = num_keys - num_queries
-    for block in range(offset // block_q, -(-num_keys // block_q)):
+    for block in pending:
         low, high = max(block * block_q, offset), min((block + 1) * block_q, num_keys)
         seen = seen_keys(blocks[:, block : block + 1], columns, block_k, high)[:, 0]
         # All of the queries' own keys are gathered, so that tiles begin at known places.
@@ -76,13 +91,15 @@ def _attend_row(
         gathered[:, low:] = True
         counts = gathered.sum(dim=1).tolist()
         indices = (high - 1 - gathered.flip(1).nonzero()[:, 1]).split(counts)
-        tiles = []
+        tiles, finished = [], []
         for first in range(low, high, tile):
             last = min(first + tile, high)
             rows = slice(first - offset, last - offset)
             queries = query[:, :, rows].float().flatten(1, 2)
-            # With a batch of one: torch multiplies small matrices quicker as a batch.
-            tiles.append((rows, queries[:, None], queries.new_empty(queries.shape)[:, None], high - last))
+            attended = torch.empty_like(queries)
+            # In batches of one: torch multiplies small matrices quicker as a batch.
+            tiles.append((queries.split(1), attended.split(1), future[-(last - first) :, : last - first], high - last))
+            finished.append((output[:, :, rows], attended))
         for group, (index, count) in enumerate(zip(indices, counts, strict=True)):
             kv = group * len(group_keys) // groups
             keys, values = near_key[:, :count], near_value[:, :count]
@@ -90,13 +107,12 @@ def _attend_row(
             torch.index_select(group_values[kv], 1, index, out=values)
             for member in range(members):
                 turned, weighed = keys[member, None].transpose(1, 2), values[member, None]
-                for rows, queries, attended, later in tiles:
-                    width, size = rows.stop - rows.start, count - later
-                    weights = logits[: sharing * width * size].view(1, -1, size)
+                for queries, attended, ahead, later in tiles:
+                    weights = logits[: queries[0].shape[1] * (count - later)].view(1, -1, count - later)
                     torch.bmm(queries[group * members + member], turned[..., later:], out=weights)
-                    weights.view(sharing, width, size)[..., :width].masked_fill_(future[-width:, :width], -torch.inf)
+                    weights.view(sharing, -1, count - later)[..., : len(ahead)].masked_fill_(ahead, -torch.inf)
                     if not whole:
                         weights.masked_fill_(~seen[group, index[later:]], -torch.inf)
                     torch.bmm(weights.softmax(dim=-1), weighed[:, later:], out=attended[group * members + member])
-        for rows, _, attended, _ in tiles:
-            output[:, :, rows] = attended.view(groups * members, sharing, -1, dim)
+        for place, attended in finished:
+            place.copy_(attended.view(place.shape))
