@@ -42,22 +42,20 @@ def farthest_first(unit: Tensor, first: Tensor, count: int) -> Tensor:
     likeness = (unit @ unit.index_select(0, first)[0]).index_fill_(0, first, torch.inf)
     while done < count:
         order = likeness.argsort(stable=True)
-        near, others = order[:width].sort().values, order[width : width + 1]
+        near, others = order[:width].sort().values, order[width : width + 1].tolist()
         rows, local = unit[near], likeness[near]
-        between = rows @ rows.T
-        places, values = [], []
-        for _ in range(min(near.shape[0], count - done)):
-            place = local.argmin(0, keepdim=True)
+        between, indices = rows @ rows.T, near.tolist()
+        # Likeness to the nearest pick can only grow, so no token outside can become the next before this.
+        limit = min([(likeness[other].item(), other) for other in others], default=(torch.inf, 0))
+        places: list[int] = []
+        while len(places) < min(len(indices), count - done):
+            place = int(local.argmin())
+            if (local[place].item(), indices[place]) > limit:
+                break
             places.append(place)
-            values.append(local.index_select(0, place))
-            local = torch.maximum(local, between.index_select(0, place)[0]).index_fill_(0, place, torch.inf)
-        place, value = torch.cat(places), torch.cat(values)
-        if others.shape[0]:
-            # Likeness to the nearest pick can only grow, so this is the least that a token outside may still have.
-            least = likeness[others]
-            certain = (value < least) | ((value == least) & (near[place] < others))
-            place = place[: max(1, int(certain.long().cumprod(0).sum()))]
-        chosen = near[place]
+            torch.maximum(local, between[place], out=local)
+            local[place] = torch.inf
+        chosen = near[places]
         likeness = torch.maximum(likeness, (unit @ unit[chosen].T).amax(dim=1)).index_fill_(0, chosen, torch.inf)
         picks.append(chosen)
         done, width = done + chosen.shape[0], min(max(_FEWEST, 2 * chosen.shape[0]), _MOST)
