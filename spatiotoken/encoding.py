@@ -123,7 +123,7 @@ class FeatureStages:
         keep = torch.ones(features[0].shape[0], dtype=torch.bool, device=device)
         bearers = torch.arange(features[0].shape[0], device=device)
         if tokens:
-            if not torch.isfinite(features[0]).all():
+            if not torch.stack(features[0].aminmax()).isfinite().all():
                 raise ValueError(f"the {kind} features contain NaN or infinity: nothing can be selected by them")
             with recorder.span("tokens"):
                 questions: list[Tensor | None] = [None] * len(full)

@@ -20,15 +20,15 @@ def in_threads(work: Callable[[], None], count: int) -> None:
 
     def alone() -> None:
         torch.set_num_threads(1)
-        # What a thread starts with is not what its caller has.
-        with torch.inference_mode(inference), torch.no_grad():
-            work()
+        try:
+            # What a thread starts with is not what its caller has.
+            with torch.inference_mode(inference), torch.no_grad():
+                work()
+        finally:
+            # For this thread it no longer matters, but those that begin later take over what any thread set last.
+            torch.set_num_threads(threads)
 
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            running = [pool.submit(alone) for _ in range(count)]
-    finally:
-        # Threads that begin later than this would take over the last number that anyone set.
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(alone) for _ in range(count)]
     for one in running:
         one.result()
