@@ -19,13 +19,14 @@ def in_threads(work: Callable[[], None], count: int) -> None:
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def alone() -> None:
+        torch.get_num_threads()  # when a thread first needs the number, it takes over what any thread set last
         torch.set_num_threads(1)
         try:
             # What a thread starts with is not what its caller has.
             with torch.inference_mode(inference), torch.no_grad():
                 work()
         finally:
-            # For this thread it no longer matters, but those that begin later take over what any thread set last.
+            # For this thread it no longer matters, but for those that begin later.
             torch.set_num_threads(threads)
 
     with ThreadPoolExecutor(count) as pool:
