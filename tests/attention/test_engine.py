@@ -114,7 +114,7 @@ def test_reference_is_masked_softmax(case: Inputs) -> None:
 @settings(deadline=None, max_examples=150)
 @given(inputs(), st.sampled_from([4, gather.TILE]))
 def test_gather_equals_reference(case: Inputs, tile: int) -> None:
-    with patch.object(gather, "TILE", tile):
+    with patch.multiple(gather, TILE=tile, ROWS=tile):
         result = computed(case, "gather")
     assert result.dtype == torch.float32
     assert (result - expected(case)).abs().max() < 1e-5

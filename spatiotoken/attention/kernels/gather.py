@@ -12,9 +12,10 @@ from spatiotoken.attention.kernels.forward_only import forward_only
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, row_slices, seen_keys
 from spatiotoken.attention.kernels.threads import in_threads
 
-# Queries that are computed at once. Half of the pairs among themselves lie in the future and are lost, so few are
-# better at low density, but calls and flat matrices cost too. 64 measured best on a CPU at head size 128.
-TILE = 64
+# Queries of a head that are computed at once, at least, and with those of other heads that are stacked on them. Half of
+# the pairs among a head's own lie in the future and are lost, so few are better at low density, but calls and flat
+# matrices cost too. Measured best on a CPU at head size 128.
+TILE, ROWS = 64, 128
 
 
 @forward_only("gather")
@@ -76,7 +77,7 @@ def _attend_blocks(
     group_keys, group_values = (x.unflatten(0, (-1, members)).unbind() for x in (key, value))
     most = int(blocks.sum(dim=-1).max()) * block_k + block_q + (0 if columns is None else columns.shape[-1])
     near_key, near_value = (x.new_empty(members, min(most, num_keys), dim) for x in (key, value))
-    tile = min(block_q, TILE)
+    tile = min(block_q, max(TILE, ROWS // sharing))
     logits = key.new_empty(sharing * tile * near_key.shape[1])
     # Keys are gathered latest first, so the first w keys of a tile are its w queries' own, and all others are earlier.
     step = torch.arange(tile, device=key.device)
