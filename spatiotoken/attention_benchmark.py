@@ -325,7 +325,7 @@ def time_engine(
         RuntimeError: dense attention does not run.
     """
     device = device or torch.device("cpu")
-    candidates = ("triton", "flex") if device.type == "cuda" else ("gather", "flex")
+    candidates = ("triton", "flex", "flex_flash", "flashinfer") if device.type == "cuda" else ("gather", "flex")
     backends = [name for name in candidates if unavailable(name, device) is None]
     for count in threads:
         for length in lengths:

@@ -101,7 +101,7 @@ class SparsePrefill(Method):
     fidelity: ClassVar[str]
     """As of ``TokenReducer``."""
 
-    backend: Literal["auto", "reference", "gather", "flex", "triton"] = Field(
+    backend: Literal["auto", "reference", "gather", "flex", "triton", "flashinfer", "flex_flash"] = Field(
         "auto", description="kernel; auto also goes dense where less than 5 % would be gained"
     )
 

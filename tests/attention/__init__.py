@@ -23,6 +23,18 @@ class Inputs:
     valid: Valid | None
     scale: float
 
+    def to(self, device: torch.device) -> Inputs:
+        pattern, valid = self.pattern, self.valid
+        columns = None if pattern.columns is None else pattern.columns.to(device)
+        return Inputs(
+            self.query.to(device),
+            self.key.to(device),
+            self.value.to(device),
+            replace(pattern, blocks=pattern.blocks.to(device), columns=columns),
+            None if valid is None else (valid[0].to(device), valid[1].to(device)),
+            self.scale,
+        )
+
     def row(self, row: int) -> Inputs:
         """One row by itself, without its padding."""
         assert self.valid is not None
@@ -98,7 +110,7 @@ def make_inputs(
 
 
 @st.composite
-def inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Inputs:
+def inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32, dim: int = 32) -> Inputs:
     """Small inputs of all kinds."""
     batch, keys = draw(st.integers(1, 3)), draw(st.integers(1, 70))
     bounds = None
@@ -112,6 +124,7 @@ def inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Inputs:
         kv_heads=draw(st.sampled_from([1, 2])),
         sharing=draw(st.sampled_from([1, 3])),
         groups=draw(st.sampled_from(["one", "kv", "heads"])),
+        dim=dim,
         block_q=draw(st.integers(1, 20)),
         block_k=draw(st.integers(1, 20)),
         share=draw(st.sampled_from([0.0, 0.3, 1.0])),

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention import flex_attention as torch_flex
@@ -32,20 +33,21 @@ def error(case: Inputs) -> float:
 
 
 @settings(deadline=None, max_examples=100)
-@given(inputs())
-def test_blocks_are_told_apart(case: Inputs) -> None:
-    """Full blocks hold nothing but visible pairs, and no visible pair is outside full and partial blocks."""
+@given(inputs(), st.none() | st.tuples(st.integers(1, 30), st.integers(1, 30)))
+def test_blocks_are_told_apart(case: Inputs, tiles: tuple[int, int] | None) -> None:
+    """Full tiles hold nothing but visible pairs, and no visible pair is outside full and partial tiles."""
     pattern, keys = case.pattern, case.key.shape[2]
     blocks, block_q, block_k = pattern.blocks[:1], pattern.block_q, pattern.block_k
     columns = None if pattern.columns is None else pattern.columns[:1]
     visible = visible_pairs(SparsePattern(blocks, columns, block_q, block_k), keys, keys)[0]
     first = (keys - case.query.shape[2]) // block_q
     seen = seen_keys(blocks[0, :, first:], None if columns is None else columns[0], block_k, keys)
-    full, partial = flex.split_blocks(seen, first, block_q, block_k)
+    tile_q, tile_k = tiles or (block_q, block_k)
+    full, partial = flex.split_blocks(seen, first, block_q, (tile_q, tile_k))
     assert not (full & partial).any()
-    for number, rows in enumerate(visible[:, first * block_q :].split(block_q, dim=1)):
+    for number, rows in enumerate(visible[:, first * block_q :].split(tile_q, dim=1)):
         for group, per_group in enumerate(rows):
-            for block, pairs in enumerate(per_group.split(block_k, dim=1)):
+            for block, pairs in enumerate(per_group.split(tile_k, dim=1)):
                 assert bool(full[group, number, block]) == bool(pairs.all())
                 assert bool(partial[group, number, block]) == bool(pairs.any() and not pairs.all())
 
@@ -104,6 +106,21 @@ def test_flex_equals_reference(groups: str, dtype: torch.dtype, fresh_compiler: 
 
 @pytest.mark.slow
 @compiles
+@pytest.mark.parametrize("tiles", [(128, 128), (256, 128), (64, 16), (96, 48)])
+def test_tiles_of_other_sizes_than_blocks_equal_the_reference(tiles: tuple[int, int], fresh_compiler: None) -> None:
+    for columns, groups, queries in ((0, "heads", 300), (5, "kv", 170)):
+        case = make_inputs(
+            300, queries, batch=2, groups=groups, block_q=64, block_k=32, share=0.2,
+            columns=columns, bounds=[(0, 300), (37, 290)],
+        )  # fmt: skip
+        arguments = (case.query, case.key, case.value, case.pattern)
+        result = flex.attend(*arguments, case.scale, case.valid, tiles=tiles)
+        expected = reference_attention(*arguments, scale=case.scale, valid=case.valid, check=True)
+        torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@compiles
 def test_a_full_limit_of_recompiles_changes_nothing(fresh_compiler: None) -> None:
     """Others' `torch.compile(flex_attention)` and our own variants fill dynamo's limit; results stay right."""
     with dynamo_config.patch(recompile_limit=2, accumulated_recompile_limit=2):
@@ -129,6 +146,8 @@ def test_the_mask_alone_is_right(fresh_compiler: None) -> None:
     assert error(whole) < 1e-5
 
 
-def _all_partial(seen: torch.Tensor, first: int, block_q: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    partial = seen.new_ones(*seen.shape[:2], -(-seen.shape[2] // block_k))
+def _all_partial(
+    seen: torch.Tensor, first: int, block_q: int, tiles: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    partial = seen.new_ones(*seen.shape[:2], -(-seen.shape[2] // tiles[1]))
     return torch.zeros_like(partial), partial

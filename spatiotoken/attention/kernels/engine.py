@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from spatiotoken.attention.kernels.gather import gather_attention
 from spatiotoken.attention.kernels.pattern import SparsePattern, Valid, pair_counts, row_slices
-from spatiotoken.attention.kernels.reference import reference_attention
 
-BACKENDS = ("reference", "gather", "flex", "triton")
+BACKENDS = ("reference", "gather", "flex", "triton", "flashinfer", "flex_flash")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,9 +47,7 @@ def block_sparse_attention(
     name = choose(pattern, query, key, backend, valid)
     if name == "dense":
         return _dense(query, key, value, scale, valid)
-    if name == "reference":
-        return reference_attention(query, key, value, pattern, scale=scale, valid=valid).to(query.dtype)
-    return _kernel(name)(query, key, value, pattern, scale=scale, valid=valid)
+    return _kernel(name)(query, key, value, pattern, scale=scale, valid=valid).to(query.dtype)
 
 
 def choose(
@@ -109,31 +107,27 @@ def predicted_time(backend: str, density: float, shared: bool) -> float:
 
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why one of `BACKENDS` cannot run on a device; None where it can."""
-    # Both are imported late: they are slow to load, and triton is there on Linux only.
-    if backend == "flex":
-        from spatiotoken.attention.kernels import flex
-
-        return flex.unavailable(device)
     if backend == "triton":
+        # It cannot be imported where triton is not, so it cannot be asked.
         if find_spec("triton") is None:
             return "triton is not installed"
         from spatiotoken.attention.kernels.triton import INTERPRETED
 
-        if device.type != "cuda" and not INTERPRETED:
-            return f"it needs CUDA tensors, not {device.type}"
+        return None if device.type == "cuda" or INTERPRETED else f"it needs CUDA tensors, not {device.type}"
+    if backend in ("flex", "flex_flash", "flashinfer"):
+        reason: str | None = _module(backend).unavailable(device)
+        return reason
     return None
 
 
 def _kernel(name: str) -> Callable[..., Tensor]:
-    if name == "flex":
-        from spatiotoken.attention.kernels.flex import flex_attention
+    kernel: Callable[..., Tensor] = getattr(_module(name), f"{name}_attention")
+    return kernel
 
-        return flex_attention
-    if name == "triton":
-        from spatiotoken.attention.kernels.triton import triton_attention
 
-        return triton_attention
-    return gather_attention
+def _module(backend: str) -> ModuleType:
+    """Imported late, since some are slow to load."""
+    return import_module(f"spatiotoken.attention.kernels.{backend}")
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, valid: Valid | None) -> Tensor:
