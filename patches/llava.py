@@ -227,7 +227,8 @@ class Llava(ClipTower):
             if ratio > 1.1:
                 height, width = int(height // ratio), int(width // ratio)
         tiles = Segment(side * side, (1, height, width), width + 1, (rows, columns))
-        return Item(side * side + height * (width + 1), (whole, tiles))
+        # Of a picture more than some fifty times as wide as high, nothing but newlines may be left.
+        return Item(side * side + height * (width + 1), (whole, tiles) if height * width else (whole,))
 
 
 class LlavaImages(ClipTower):
