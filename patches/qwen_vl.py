@@ -14,6 +14,9 @@ from spatiotoken.patches.adapter import CLIP_MEAN, CLIP_STD, Encoding, Item, Mod
 from spatiotoken.undo import Undo
 from spatiotoken.vision.exact import SLOT, PackedTower, chunk_rows, register_packed
 
+_ROTATED_ON_CPU = 1 << 18
+"""Values that are rotated at a time, so few that they stay in the cache."""
+
 
 class QwenVL(ModelAdapter):
     """Pixels are rows of flattened patches, ordered by temporal unit, so a unit is a run of ``H * W`` rows."""
@@ -209,11 +212,13 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     between = (1,) * (states.ndim - 2)
     cos, sin = (x.float().view(len(x), *between, -1) for x in (cos, sin))
-    values = states.float()
-    turned = values * cos
-    half = values.shape[-1] // 2
-    turned[..., :half].addcmul_(values[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(values[..., :half], sin[..., half:])
+    turned = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+    half = states.shape[-1] // 2
+    rows = max(1, _ROTATED_ON_CPU // states[0].numel()) if states.device.type == "cpu" else len(states)
+    for values, turning, cosine, sine in zip(*(x.split(rows) for x in (states.float(), turned, cos, sin)), strict=True):
+        torch.mul(values, cosine, out=turning)
+        turning[..., :half].addcmul_(values[..., half:], sine[..., :half], value=-1)
+        turning[..., half:].addcmul_(values[..., :half], sine[..., half:])
     return turned.to(states.dtype)
 
 
