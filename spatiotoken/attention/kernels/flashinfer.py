@@ -75,7 +75,6 @@ def _attend_row(
     seen = seen_keys(blocks[:, first:stop], columns, block_k, num_keys).expand(units, -1, -1)
 
     begin = torch.arange(first, stop, device=device)[:, None] * block_q
-    end = (begin + block_q).clamp(max=num_keys)
     position = torch.arange(num_keys, device=device)
     far = seen & (position < begin)
     # A request without keys gets one, whose result is not used.
@@ -83,7 +82,7 @@ def _attend_row(
     far = far.masked_fill((position == 0) & ~some_far[..., None], True)
 
     near_position = begin + torch.arange(block_q, device=device)
-    is_key = near_position < end
+    is_key = near_position < num_keys
     is_query = is_key & (near_position >= num_keys - num_queries)
     near_seen = seen.gather(2, near_position.clamp(max=num_keys - 1).expand(units, -1, -1))
     near = near_seen[:, :, None] & (near_position[:, None] <= near_position[:, :, None])
@@ -93,47 +92,62 @@ def _attend_row(
     counts = is_query.sum(dim=1)
     stacked = query.unflatten(0, (units, -1)).transpose(1, 2).flatten(0, 1).contiguous()
     cache = tuple(x.reshape(kv_heads * num_keys, 1, 1, dim) for x in (key, value))
-    within = ((position >= begin) & (position < end)).expand(units, -1, -1)
-    far_output, far_mass = _attend(stacked, cache, far, counts, None, scale)
-    near_output, near_mass = _attend(stacked, cache, within, counts, mask, scale)
+    key_head = torch.arange(units, device=device) // (units // kv_heads)
+    flat = far.flatten().nonzero()[:, 0]
+    far_pages = key_head[flat // far[0].numel()] * num_keys + flat % num_keys
+    near_pages = (key_head[:, None] * num_keys + near_position[is_key]).flatten()
+    near_counts = is_key.sum(dim=1).repeat(units)
+    attended = _joined(
+        _attend(stacked, cache, counts.repeat(units), far_pages, far.sum(dim=-1).flatten(), scale),
+        some_far.repeat_interleave(counts, dim=1).flatten(),
+        _attend(stacked, cache, counts.repeat(units), near_pages, near_counts, scale, mask),
+        near.any(dim=-1)[:, is_query].flatten(),
+    )
+    return attended.to(query.dtype).unflatten(0, (units, num_queries)).transpose(1, 2).flatten(0, 1)
 
-    # What a kernel returns where it saw nothing may be anything.
-    far_lacks = ~some_far.repeat_interleave(counts, dim=1).flatten()[:, None]
-    near_lacks = ~near.any(dim=-1)[:, is_query].flatten()[:, None]
-    far_mass, near_mass = far_mass.masked_fill(far_lacks, -torch.inf), near_mass.masked_fill(near_lacks, -torch.inf)
-    far_output = far_output.masked_fill(far_lacks[..., None], 0.0)
-    near_output = near_output.masked_fill(near_lacks[..., None], 0.0)
+
+def _joined(far: tuple[Tensor, Tensor], some_far: Tensor, near: tuple[Tensor, Tensor], some_near: Tensor) -> Tensor:
+    """Float32 attention over the keys of two passes, by what `_attend` returns of each.
+
+    Args:
+        some_far, some_near: whether a query saw anything. What a kernel returns where it saw nothing may be anything.
+    """
+    (far_output, far_mass), (near_output, near_mass) = (
+        (output.float().masked_fill(~some[:, None, None], 0.0), mass.masked_fill(~some[:, None], -torch.inf))
+        for (output, mass), some in ((far, some_far), (near, some_near))
+    )
     # FlashInfer's logarithms are to the base 2.
-    share = torch.sigmoid((far_mass - near_mass) * math.log(2))[..., None]
-    joined = near_output.float().lerp(far_output.float(), share).to(query.dtype)
-    return joined.unflatten(0, (units, num_queries)).transpose(1, 2).flatten(0, 1)
+    share = torch.sigmoid((far_mass - near_mass) * math.log(2))
+    return near_output.lerp(far_output, share[..., None])
 
 
 def _attend(
-    query: Tensor, cache: tuple[Tensor, ...], seen: Tensor, counts: Tensor, mask: Tensor | None, scale: float
+    query: Tensor,
+    cache: tuple[Tensor, ...],
+    query_counts: Tensor,
+    pages: Tensor,
+    page_counts: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``[units * Q, heads, d]`` and the logarithm of the sums of weights, float32 ``[units * Q, heads]``.
 
     Args:
         query: ``[units * Q, heads, d]``.
         cache: keys and values, ``[kv_heads * K, 1, 1, d]`` each: pages of one key of one head.
-        seen: bool ``[units, nq, K]``.
-        counts: queries in each block, ``[nq]``.
+        query_counts, page_counts: queries and pages of each request.
+        pages: those of all requests, one request after the other.
         mask: which of the keys of its request each query sees; None for all.
     """
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    units, _, num_keys = seen.shape
-    unit, _, key = seen.nonzero(as_tuple=True)
-    pages = unit // (units // (len(cache[0]) // num_keys)) * num_keys + key
-    counted = seen.sum(dim=-1).flatten()
     workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=query.device)
     wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
-        _bounds(counts.repeat(units)),
-        _bounds(counted),
+        _bounds(query_counts),
+        _bounds(page_counts),
         pages.int(),
-        torch.ones_like(counted, dtype=torch.int32),
+        torch.ones_like(page_counts, dtype=torch.int32),
         query.shape[1],
         1,
         query.shape[2],
