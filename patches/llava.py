@@ -227,7 +227,7 @@ class Llava(ClipTower):
             if ratio > 1.1:
                 height, width = int(height // ratio), int(width // ratio)
         tiles = Segment(side * side, (1, height, width), width + 1, (rows, columns))
-        # Of a picture more than some fifty times as wide as high, nothing but newlines may be left.
+        # Of the tiles of a very narrow strip nothing is left, or nothing but newlines.
         return Item(side * side + height * (width + 1), (whole, tiles) if height * width else (whole,))
 
 

@@ -94,15 +94,16 @@ def best_backend(query: Tensor) -> str:
 def predicted_time(backend: str, density: float, shared: bool) -> float:
     """Time of sparse attention as a share of dense causal attention, without the estimate of the pattern.
 
-    Rough lines through what ``scripts/benchmark.py --suite attention`` measured on a CPU (docs/benchmarks.md). For
-    ``triton``, which no GPU has timed yet, and ``reference``, which is for tests, it is the density alone.
+    For ``gather`` rough lines through what ``scripts/benchmark.py --suite attention`` measured on a CPU
+    (docs/benchmarks.md), nearer to the methods' patterns, which have scattered keys, than to random blocks. For others
+    it is the density alone: no GPU has timed them yet, or they are not for speed.
 
     Args:
         shared: heads on one key head have one pattern, so that its keys are gathered once for all of them.
     """
-    lines = {"gather": (0.05, 1.15 if shared else 1.5), "flex": (0.1, 1.25)}
-    fixed, slope = lines.get(backend, (0.0, 1.0))
-    return fixed + slope * density
+    if backend != "gather":
+        return density
+    return 0.05 + (1.15 if shared else 1.5) * density
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
