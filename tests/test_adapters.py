@@ -13,8 +13,10 @@ from spatiotoken.frames.kmeans import KMeans
 from spatiotoken.patches.adapter import Part, Segment, find_adapter
 from tests.conftest import DATA, QUESTION, Family
 
-SHAPES = [(84, 84), (60, 200), (200, 60), (300, 310), (90, 100), (10, 300), (300, 10)]
-"""Height and width of images: square, wide, tall, larger than the tiles, strips of whose tiles LLaVA leaves nothing."""
+NEWLINES_OF_STRIPS = {(10, 300): 0, (300, 10): 12}
+"""Images of whose tiles LLaVA leaves nothing but so many newlines."""
+SHAPES = [(84, 84), (60, 200), (200, 60), (300, 310), (90, 100), *NEWLINES_OF_STRIPS]
+"""Height and width of images: square, wide, tall, larger than the tiles, strips."""
 
 
 def image_inputs(family: Family, shapes: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -54,10 +56,8 @@ def test_images_of_any_shape(family: Family, shape: tuple[int, int]) -> None:
     rest = sorted(set(range(len(features))) - set(covered.tolist()))
     if family.stacks_videos:
         newline = (features == core.image_newline).all(dim=1).nonzero()[:, 0]
-        if len(item.segments) == 2:
-            lines = item.segments[1].grid[1]
-        else:
-            lines = 12 if shape == (300, 10) else 0
+        assert len(item.segments) == (1 if shape in NEWLINES_OF_STRIPS else 2)
+        lines = NEWLINES_OF_STRIPS[shape] if shape in NEWLINES_OF_STRIPS else item.segments[1].grid[1]
         assert rest == newline.tolist() and len(rest) == lines
     else:
         assert not rest

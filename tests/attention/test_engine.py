@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spatiotoken.attention import SparsePrefill
 from spatiotoken.attention.kernels import (
     BACKENDS,
     SparsePattern,
@@ -231,6 +232,10 @@ def test_auto_is_gather_on_a_cpu_and_names_are_kept() -> None:
         if unavailable(backend, CPU) is None:
             assert choose(whole.pattern, whole.query, whole.key, backend) == backend
     assert computed(case, "reference").dtype == torch.float32
+
+
+def test_configs_take_every_backend_by_name() -> None:
+    assert get_args(SparsePrefill.model_fields["backend"].annotation) == ("auto", *BACKENDS)
 
 
 def test_backends_that_cannot_run_say_why() -> None:

@@ -17,7 +17,7 @@ from spatiotoken.attention.kernels import block_sparse_attention, flex, flex_fla
 from tests.attention import Inputs, make_inputs
 
 GPU = torch.device("cuda")
-REASON = unavailable("flex_flash", GPU)
+REASON = unavailable("flex_flash", GPU) if torch.cuda.is_available() else "there is no GPU"
 
 
 @pytest.fixture
